@@ -1,0 +1,462 @@
+r"""Attacks: how one leaf of the batch is perturbed.
+
+An attack climbs the loss inside a ball around the clean input,
+
+  \hat x \leftarrow \Pi\left(\hat x + \alpha\, d(\nabla_x L(\hat x))\right),
+
+with :math:`d` the sign (L-infinity) or the unit vector (L2) of the gradient
+and :math:`\Pi` the projection to the ball and to the bounds of the input.
+All of it is computed in float32 whatever the dtype of the input.
+
+References:
+  Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+  <https://arxiv.org/abs/1706.06083>`_, 2018
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conadv_optax._numeric import (
+  at_least_float32,
+  check_not_negative,
+  concrete,
+  describe,
+)
+from conadv_optax._paths import LeafSpec
+from conadv_optax._paths import leaf as _leaf
+from conadv_optax._types import Attack, Batch
+
+Targets = Callable[[chex.PRNGKey, Batch], Batch]
+Norm = Literal['linf', 'l2']
+
+
+def pgd(
+  epsilon: chex.Numeric,
+  *,
+  step_size: chex.Numeric | None = None,
+  steps: int = 1,
+  norm: Norm = 'linf',
+  random_start: bool = True,
+  start_from_clean: chex.Numeric = 0.0,
+  bounds: tuple[chex.Numeric, chex.Numeric] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""Projected gradient descent on the negative loss.
+
+  .. math::
+
+    \hat x_0 = x + u, \qquad
+    \hat x_{i+1} = \Pi\left(\hat x_i + \alpha\, d(\nabla_x L(\hat x_i))\right)
+
+  where :math:`u` is uniform in the ball, :math:`d(g)` is
+  :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of each example
+  for 'l2', and :math:`\Pi` projects to the ball of radius `epsilon` around
+  :math:`x` and to `bounds`. With `targets` the step descends towards the
+  target in place of climbing away from the label. An example whose gradient is
+  zero takes no step.
+
+  An untargeted one-step attack on the very batch that is trained on leaks the
+  label through batch statistics (Mei et al., Fast AdvProp); `random_targets`
+  avoids it.
+
+  Args:
+    epsilon: radius of the ball, in the units of the input. A float, or an array
+      that broadcasts to the input, one value a channel say. An array with
+      'l2' scales the axes of the ball: :math:`\|(\hat x - x)/\epsilon\|_2 \le
+      1`. May be traced.
+    step_size: the step :math:`\alpha`, like `epsilon`. None: `epsilon` for one
+      step, `2.5 * epsilon / steps` for more.
+    steps: number of steps, at least 1.
+    norm: 'linf' or 'l2'. L2 is over all axes of an example but the first.
+    random_start: start at a uniform point of the ball.
+    start_from_clean: with a random start, the probability of starting at the
+      clean input all the same, one coin for the batch.
+    bounds: `(low, high)` of a valid input, each like `epsilon`; the result
+      never leaves them.
+    targets: `targets(key, batch)` returns the batch with target labels.
+
+  Returns:
+    An `Attack`. Its result has the shape and dtype of the input, which must be
+    floating. Where the input's dtype is short, rounding goes towards the clean
+    input, so that the ball holds; an `epsilon` below its resolution vanishes.
+
+  Raises:
+    ValueError: for a negative radius or step, `bounds` with low above high,
+      fewer than one step, an unknown norm, a probability outside [0, 1], or an
+      array that does not broadcast to the input.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> attack = conadv.pgd(0.1, steps=3, bounds=(0., 1.))
+    >>> x = jnp.array([[0.5, 0.95]])
+    >>> climb = jax.grad(lambda x: jnp.sum(x ** 2))
+    >>> chex.assert_trees_all_close(
+    ...     attack.craft(jax.random.key(0), climb, x), jnp.array([[0.6, 1.]]))
+
+  References:
+    Madry et al., `Towards Deep Learning Models Resistant to Adversarial
+    Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
+  """
+  if norm not in ('linf', 'l2'):
+    raise ValueError(f"`norm` must be 'linf' or 'l2'. Given norm={norm!r}.")
+  if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    raise ValueError(
+      f'`steps` must be an int of at least 1. Given steps={steps!r}. For no '
+      'attack at all, do not wrap the loss, or give the adversarial branch '
+      'weight 0.'
+    )
+  check_not_negative('epsilon', epsilon)
+  size_comes_from = 'epsilon' if step_size is None else 'step_size'
+  if step_size is None:
+    step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
+  check_not_negative('step_size', step_size)
+  _check_probability(start_from_clean)
+  _check_bounds(bounds)
+  sign = 1.0 if targets is None else -1.0
+  in_ball, direction, draw = (
+    (_clip_linf, jnp.sign, _draw_linf)
+    if norm == 'linf'
+    else (_clip_l2, _unit, _draw_l2)
+  )
+
+  def project(perturbed: chex.Array, inputs: chex.Array) -> chex.Array:
+    radius = _broadcast('epsilon', epsilon, inputs)
+    perturbed = in_ball(perturbed, inputs, radius)
+    if bounds is None:
+      return perturbed
+    low = _broadcast('bounds[0]', bounds[0], inputs)
+    high = _broadcast('bounds[1]', bounds[1], inputs)
+    return jnp.clip(perturbed, low, high)
+
+  def step(
+    gradient: chex.Array, perturbed: chex.Array, inputs: chex.Array
+  ) -> chex.Array:
+    size = _broadcast(size_comes_from, step_size, inputs)
+    # In an ellipsoid the steepest direction is that of the scaled gradient.
+    scaled = gradient if norm == 'linf' else gradient * size
+    return project(perturbed + sign * size * direction(scaled), inputs)
+
+  def start(key: chex.PRNGKey, inputs: chex.Array) -> chex.Array:
+    coin_key, noise_key = jax.random.split(key)
+    radius = _broadcast('epsilon', epsilon, inputs)
+    noise = radius * draw(noise_key, inputs)
+    from_clean = jax.random.bernoulli(coin_key, start_from_clean)
+    return project(inputs + jnp.where(from_clean, 0.0, noise), inputs)
+
+  def craft(
+    key: chex.PRNGKey | None,
+    gradient_fn: Callable[[chex.Array], chex.Array],
+    inputs: chex.Array,
+  ) -> chex.Array:
+    clean = at_least_float32(inputs)
+    perturbed = start(key, clean) if random_start else clean
+    perturbed = jax.lax.fori_loop(
+      0,
+      steps,
+      lambda _, x: step(gradient_fn(x), x, clean),
+      perturbed,
+      unroll=steps == 1,
+    )
+    return _round_towards(perturbed, clean, inputs.dtype)
+
+  def reuse(gradient: chex.Array, inputs: chex.Array) -> chex.Array:
+    clean = at_least_float32(inputs)
+    return _round_towards(step(gradient, clean, clean), clean, inputs.dtype)
+
+  one_gradient_is_enough = steps == 1 and not random_start and targets is None
+  return Attack(
+    craft=craft,
+    prepare=targets,
+    reuse=reuse if one_gradient_is_enough else None,
+    draws=random_start or targets is not None,
+  )
+
+
+def fgsm(
+  epsilon: chex.Numeric,
+  *,
+  norm: Norm = 'linf',
+  bounds: tuple[chex.Numeric, chex.Numeric] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""Fast gradient sign method: one full step from the clean input.
+
+  .. math::
+
+    \hat x = \Pi\left(x + \epsilon\, d(\nabla_x L(x))\right)
+
+  The attack for `reuse_gradient=True`, which needs one step from the clean
+  input, without targets.
+
+  Args:
+    epsilon: radius of the ball and size of the step, as in `pgd`.
+    norm: 'linf' or 'l2'.
+    bounds: `(low, high)` of a valid input, as in `pgd`.
+    targets: as in `pgd`.
+
+  Returns:
+    An `Attack`, as `pgd` does.
+
+  Raises:
+    ValueError: as `pgd` does.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> x = jnp.array([[0.5, -0.5]])
+    >>> climb = jax.grad(lambda x: jnp.sum(x ** 2))
+    >>> chex.assert_trees_all_close(
+    ...     conadv.fgsm(0.1).craft(None, climb, x), jnp.array([[0.6, -0.6]]))
+
+  References:
+    Goodfellow et al., `Explaining and Harnessing Adversarial Examples
+    <https://arxiv.org/abs/1412.6572>`_, 2015
+  """
+  return pgd(
+    epsilon, norm=norm, random_start=False, bounds=bounds, targets=targets
+  )
+
+
+def fast_fgsm(
+  epsilon: chex.Numeric,
+  *,
+  step_size: chex.Numeric | None = None,
+  bounds: tuple[chex.Numeric, chex.Numeric] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""FGSM from a uniform point of the ball, with a step beyond its radius.
+
+  .. math::
+
+    \hat x = \Pi\left(x + u + 1.25\,\epsilon\,
+      \mathrm{sign}(\nabla_x L(x + u))\right),
+    \qquad u \sim U(-\epsilon, \epsilon)
+
+  Args:
+    epsilon: radius of the L-infinity ball, as in `pgd`.
+    step_size: the step; None is `1.25 * epsilon`.
+    bounds: `(low, high)` of a valid input, as in `pgd`.
+    targets: as in `pgd`.
+
+  Returns:
+    An `Attack`, as `pgd` does.
+
+  Raises:
+    ValueError: as `pgd` does.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> x = jnp.zeros((4, 3))
+    >>> climb = jax.grad(lambda x: jnp.sum(x))
+    >>> x_adv = conadv.fast_fgsm(0.1).craft(jax.random.key(0), climb, x)
+    >>> chex.assert_scalar_in(float(jnp.min(x_adv)), 0.025, 0.1)
+
+  References:
+    Wong et al., `Fast is better than free: Revisiting adversarial training
+    <https://arxiv.org/abs/2001.03994>`_, 2020
+  """
+  if step_size is None:
+    check_not_negative('epsilon', epsilon)
+    step_size = 1.25 * epsilon
+  return pgd(epsilon, step_size=step_size, bounds=bounds, targets=targets)
+
+
+def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
+  """A wrong class for each example, drawn uniformly.
+
+  For the `targets` of an attack; training keeps the true labels.
+
+  Args:
+    num_classes: number of classes, at least 2.
+    label: the leaf of the batch that holds the labels, integers of any shape:
+      a key, a tuple of keys or a `(get, set)` pair.
+
+  Returns:
+    A function `(key, batch) -> batch` with targets in place of the labels.
+
+  Raises:
+    ValueError: for fewer than two classes.
+    TypeError: when it is called on labels that are not integers.
+    KeyError: when the batch has no such leaf.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> targets = conadv.random_targets(2)
+    >>> batch = targets(jax.random.key(0), {'label': jnp.array([0, 1, 1])})
+    >>> chex.assert_trees_all_equal(batch, {'label': jnp.array([1, 0, 0])})
+
+  References:
+    Xie et al., `Adversarial Examples Improve Image Recognition
+    <https://arxiv.org/abs/1911.09665>`_, 2020
+  """
+  if num_classes < 2:
+    raise ValueError(
+      'A wrong class exists only among two or more. Given '
+      f'num_classes={num_classes}.'
+    )
+  label_leaf = _leaf(label, argument='label')
+
+  def targets(key: chex.PRNGKey, batch: Batch) -> Batch:
+    labels = label_leaf.get(batch)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+      raise TypeError(
+        '`random_targets` draws class indices, so the labels must be integers. '
+        f'Given {describe(labels)}. If they are one-hot, let the loss encode '
+        "them: keep `batch['label']` as indices and call `jax.nn.one_hot` in "
+        'loss_fn.'
+      )
+    # In int32, so that the sum does not overflow a shorter dtype.
+    shift = jax.random.randint(key, labels.shape, 1, num_classes)
+    wrong = (labels.astype(jnp.int32) + shift) % num_classes
+    return label_leaf.set(batch, wrong.astype(labels.dtype))
+
+  return targets
+
+
+class Normalized(NamedTuple):
+  """A radius and bounds in the units of normalised inputs."""
+
+  epsilon: chex.Array
+  bounds: tuple[chex.Array, chex.Array]
+
+
+def normalized(
+  epsilon: chex.Numeric, mean: chex.Numeric, std: chex.Numeric
+) -> Normalized:
+  r"""Converts a radius in [0, 1] pixels to inputs :math:`(x - mean) / std`.
+
+  .. math::
+
+    \epsilon' = \epsilon / std, \qquad
+    bounds' = \left(-mean / std,\ (1 - mean) / std\right)
+
+  Args:
+    epsilon: radius in units of pixels in [0, 1], `8 / 255` say.
+    mean: what was subtracted from the pixels, a float or one value a channel.
+    std: what they were divided by, likewise; positive.
+
+  Returns:
+    A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and its kin.
+
+  Raises:
+    ValueError: for a negative epsilon, or a `std` that is not positive.
+
+  Examples:
+    >>> import chex, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> epsilon, bounds = conadv.normalized(8 / 255, mean=0.5, std=0.5)
+    >>> chex.assert_trees_all_close(epsilon, 16 / 255)
+    >>> chex.assert_trees_all_close(bounds, (-1., 1.))
+    >>> attack = conadv.pgd(epsilon, bounds=bounds)
+  """
+  check_not_negative('epsilon', epsilon)
+  spread = concrete(std)
+  if spread is not None and not np.all(spread > 0):
+    raise ValueError(
+      f'`std` must be positive. Given std={spread.tolist()}. A channel that is '
+      'constant has nothing to normalise: give it std 1.'
+    )
+  mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+  epsilon = jnp.asarray(epsilon, jnp.float32)
+  return Normalized(epsilon / std, (-mean / std, (1.0 - mean) / std))
+
+
+def _check_probability(start_from_clean: chex.Numeric) -> None:
+  number = concrete(start_from_clean)
+  if number is not None and not 0 <= number <= 1:
+    raise ValueError(
+      '`start_from_clean` is a probability in [0, 1]. Given '
+      f'start_from_clean={number.tolist()}.'
+    )
+
+
+def _check_bounds(bounds: tuple[chex.Numeric, chex.Numeric] | None) -> None:
+  if bounds is None:
+    return
+  low, high = concrete(bounds[0]), concrete(bounds[1])
+  if low is not None and high is not None and not np.all(low <= high):
+    raise ValueError(
+      '`bounds` is (low, high), with low nowhere above high. Given '
+      f'bounds=({low.tolist()}, {high.tolist()}). Likely they are swapped: '
+      '`bounds=(0., 1.)`.'
+    )
+
+
+def _broadcast(name: str, value: Any, inputs: chex.Array) -> chex.Array:
+  value = jnp.asarray(value, inputs.dtype)
+  try:
+    return jnp.broadcast_to(value, inputs.shape)
+  except ValueError as error:
+    raise ValueError(
+      f'`{name}` must broadcast to the input. Given {describe(value)} for an '
+      f'input of {describe(inputs)}. One value a channel has the shape '
+      f'({inputs.shape[-1] if inputs.ndim else ""},), channels last.'
+    ) from error
+
+
+def _clip_linf(
+  perturbed: chex.Array, inputs: chex.Array, radius: chex.Array
+) -> chex.Array:
+  return jnp.clip(perturbed, inputs - radius, inputs + radius)
+
+
+def _clip_l2(
+  perturbed: chex.Array, inputs: chex.Array, radius: chex.Array
+) -> chex.Array:
+  delta = perturbed - inputs
+  # Where the radius is 0 nothing moves; elsewhere measure in radii.
+  length = _norm(
+    jnp.where(radius > 0, delta / jnp.where(radius > 0, radius, 1.0), 0.0)
+  )
+  inside = jnp.where(radius > 0, delta, 0.0) / jnp.maximum(length, 1.0)
+  return inputs + inside
+
+
+def _example_axes(x: chex.Array) -> tuple[int, ...]:
+  return tuple(range(1, x.ndim))
+
+
+def _norm(x: chex.Array) -> chex.Array:
+  """L2 norm of each example, its axes kept; safe from under- and overflow."""
+  largest = jnp.max(jnp.abs(x), axis=_example_axes(x), keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1.0)
+  squares = jnp.sum((x / scale) ** 2, axis=_example_axes(x), keepdims=True)
+  return scale * jnp.sqrt(squares)
+
+
+def _unit(x: chex.Array) -> chex.Array:
+  """Each example over its norm; zero where the norm is."""
+  length = _norm(x)
+  return jnp.where(length > 0, x / jnp.where(length > 0, length, 1.0), 0.0)
+
+
+def _draw_linf(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
+  return jax.random.uniform(key, like.shape, like.dtype, -1.0, 1.0)
+
+
+def _draw_l2(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
+  """Uniform in the unit ball: a uniform direction, and u^(1/n) for length."""
+  direction_key, length_key = jax.random.split(key)
+  direction = _unit(jax.random.normal(direction_key, like.shape, like.dtype))
+  shape = like.shape[:1] + (1,) * (like.ndim - 1)
+  size = max(1, like.size // max(1, like.shape[0] if like.ndim else 1))
+  u = jax.random.uniform(length_key, shape, like.dtype)
+  return direction * u ** (1.0 / size)
+
+
+def _round_towards(x: chex.Array, clean: chex.Array, dtype: Any) -> chex.Array:
+  """`x` in `dtype`, never further from `clean` than `x` is."""
+  rounded = x.astype(dtype)
+  if dtype == x.dtype:
+    return rounded
+  too_far = jnp.abs(rounded.astype(x.dtype) - clean) > jnp.abs(x - clean)
+  nearer = jnp.nextafter(rounded, clean.astype(dtype))
+  return jnp.where(too_far, nearer, rounded)

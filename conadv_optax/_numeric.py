@@ -1,0 +1,35 @@
+"""Float32 whatever the model's dtype, and checks of concrete numbers."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def at_least_float32(x: chex.Array) -> chex.Array:
+  """`x` in float32, or in its own dtype where that is wider."""
+  return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def concrete(value: Any) -> np.ndarray | None:
+  """`value` as NumPy, or None where it is traced and cannot be looked at."""
+  return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+  """Raises `ValueError` where a concrete `value` is negative or NaN."""
+  number = concrete(value)
+  if number is not None and not np.all(number >= 0):
+    raise ValueError(
+      f'`{name}` must not be negative. Given {name}={number.tolist()}. It is a '
+      'distance or a rate: pass its size, the sign is put in by the method.'
+    )
+
+
+def describe(x: Any) -> str:
+  """Dtype and shape, as in `float32[8,3]`."""
+  if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+    return f'{type(x).__name__} {x!r}'
+  return f'{jnp.dtype(x.dtype).name}[{",".join(map(str, x.shape))}]'

@@ -1,0 +1,99 @@
+"""What the calls of the library take and return."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+
+Batch = Any
+"""A pytree of arrays that share a leading axis, the batch."""
+
+LossFn = Callable[..., Any]
+
+
+class ConAdvState(NamedTuple):
+  """What a step leaves for the steps after it: a ring of `tau` batches.
+
+  Attributes:
+    slot: int32 scalar, where the oldest batch of the ring lies, or `()` when
+      nothing has to wait (`staleness=0`).
+    queue: `Queue` of arrays with a leading axis of length `tau`, or `()`.
+  """
+
+  slot: Any
+  queue: Any
+
+
+class Queue(NamedTuple):
+  """The batches that wait, each array with a leading axis of length `tau`.
+
+  Attributes:
+    batch: the clean batches. With `reuse_gradient` the clean half is not
+      needed again, and the perturbed leaf holds the adversarial copy.
+    adversarial: the adversarial copy of the perturbed leaf alone, or None with
+      `reuse_gradient`.
+  """
+
+  batch: Batch
+  adversarial: chex.Array | None
+
+
+class ConAdvAux(NamedTuple):
+  """What a step returns beside the loss.
+
+  Attributes:
+    losses: the unweighted loss of each branch, at least float32, by name.
+    model_state: the model state after the step, of the structure passed in, or
+      None without `has_state`.
+    aux: the user's own auxiliary output of each branch, by name, or None
+      without `has_aux`.
+  """
+
+  losses: dict[str, chex.Array]
+  model_state: Any
+  aux: dict[str, Any] | None
+
+
+class GradientFunction(NamedTuple):
+  """A gradient with memory: two pure functions, as in `optax`.
+
+  Attributes:
+    init: `init(params, first_batches, *, model_state=None, key=None)` returns
+      the state; `first_batches` holds the first `staleness` batches.
+    value_and_grad: `value_and_grad(params, state, batch, *, model_state=None,
+      key=None)` returns `(loss, aux), grads, state`, `aux` being a `ConAdvAux`.
+    staleness: how many batches `init` wants.
+  """
+
+  init: Callable[..., ConAdvState]
+  value_and_grad: Callable[..., tuple[tuple[chex.Array, Any], Any, ConAdvState]]
+  staleness: int
+
+
+class Attack(NamedTuple):
+  """How a leaf of the batch is perturbed. Bring your own by filling it in.
+
+  Attributes:
+    craft: `craft(key, gradient_fn, inputs)` returns the adversarial inputs, of
+      the shape and dtype of `inputs`. `gradient_fn` maps perturbed inputs, at
+      least float32, to the gradient of the loss there, of the same dtype.
+    prepare: `prepare(key, batch)` returns the batch whose loss `gradient_fn`
+      differentiates, or None when that is the batch itself. Targets are drawn
+      here. Training never sees what it returns.
+    reuse: `reuse(gradient, inputs)` returns the adversarial inputs from the
+      gradient at the clean inputs, or None where one such gradient is not
+      enough; `reuse_gradient=True` needs it.
+    draws: whether `craft` or `prepare` reads `key`.
+  """
+
+  craft: Callable[
+    [
+      chex.PRNGKey | None,
+      Callable[[chex.Array], chex.Array],
+      chex.Array,
+    ],
+    chex.Array,
+  ]
+  prepare: Callable[[chex.PRNGKey | None, Batch], Batch] | None = None
+  reuse: Callable[[chex.Array, chex.Array], chex.Array] | None = None
+  draws: bool = True

@@ -1,0 +1,56 @@
+"""A small model with BatchNorm in plain JAX, and batches for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MOMENTUM = 0.9
+CLASSES = 3
+
+
+def init_model(seed=0, features=5, hidden=8):
+  rng = np.random.default_rng(seed)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  params = {
+    'dense': {'kernel': normal(features, hidden), 'bias': normal(hidden)},
+    'norm': {'scale': 1 + 0.1 * normal(hidden), 'bias': 0.1 * normal(hidden)},
+    'head': {'kernel': normal(hidden, CLASSES), 'bias': normal(CLASSES)},
+  }
+  model_state = {'norm': {'mean': jnp.zeros(hidden), 'var': jnp.ones(hidden)}}
+  return params, model_state
+
+
+def forward(params, model_state, x):
+  """Logits in training mode, and the statistics after it."""
+  dense, norm, head = params['dense'], params['norm'], params['head']
+  h = x @ dense['kernel'] + dense['bias'][None]
+  mean, var = jnp.mean(h, axis=0), jnp.var(h, axis=0)
+  h = (h - mean[None]) * jax.lax.rsqrt(var[None] + 1e-5)
+  h = jnp.tanh(h * norm['scale'][None] + norm['bias'][None])
+  old = model_state['norm']
+  new = {
+    'mean': MOMENTUM * old['mean'] + (1 - MOMENTUM) * mean,
+    'var': MOMENTUM * old['var'] + (1 - MOMENTUM) * var,
+  }
+  return h @ head['kernel'] + head['bias'][None], {'norm': new}
+
+
+def cross_entropy(logits, label):
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1)
+  return -jnp.mean(picked)
+
+
+def loss_fn(params, model_state, batch):
+  logits, model_state = forward(params, model_state, batch['image'])
+  return cross_entropy(logits, batch['label']), model_state
+
+
+def make_batch(seed, size=16, features=5):
+  rng = np.random.default_rng(1000 + seed)
+  return {
+    'image': jnp.asarray(rng.normal(size=(size, features)), jnp.float32),
+    'label': jnp.asarray(rng.integers(CLASSES, size=size), jnp.int32),
+  }

@@ -1,0 +1,254 @@
+"""Eight devices against one, and against a loop over the shards."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import init_model, loss_fn, make_batch
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import conadv_optax as conadv
+
+DEVICES = 8
+KINDS = {
+  'advprop': {'staleness': 0},
+  'conadv': {'staleness': 1},
+  'stale': {'staleness': 3},
+  'reuse': {'staleness': 1, 'reuse_gradient': True},
+  'fraction': {'staleness': 1, 'adversarial_fraction': 0.5},
+}
+CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
+
+
+def make_mesh(axis_type=AxisType.Auto):
+  return jax.make_mesh((DEVICES,), ('data',), axis_types=(axis_type,))
+
+
+def make_grad_fn(kind, attack=None):
+  return conadv.wrap(
+    loss_fn,
+    attack=attack or conadv.fgsm(0.1),
+    has_state=True,
+    **KINDS[kind],
+  )
+
+
+def make_batches(num=6, size=32):
+  return [make_batch(t, size=size) for t in range(num)]
+
+
+def run(grad_fn, batches, mesh=None):
+  """Gradient descent; the last loss, gradients, statistics and states."""
+  params, model_state = conadv.dual_bn.split(*init_model())
+
+  def place(batch):
+    if mesh is None:
+      return batch
+    return jax.device_put(batch, NamedSharding(mesh, P('data')))
+
+  if mesh is not None:
+    params, model_state = jax.device_put(
+      (params, model_state), NamedSharding(mesh, P())
+    )
+  tau = grad_fn.staleness
+  state = jax.jit(grad_fn.init)(
+    params, [place(b) for b in batches[:tau]], model_state=model_state
+  )
+  step = jax.jit(grad_fn.value_and_grad)
+  states = [state]
+  for batch in batches[tau:]:
+    (loss, aux), grads, state = step(
+      params, state, place(batch), model_state=model_state
+    )
+    params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+    model_state = aux.model_state
+    states.append(state)
+  return (loss, aux.losses, grads, model_state, params), states
+
+
+def shardings(state):
+  return jax.tree.map(lambda x: x.sharding, state)
+
+
+def assert_shardings_equal(first, second):
+  jax.tree.map(
+    lambda x, a, b: chex.assert_equal(a.is_equivalent_to(b, x.ndim), True),
+    first,
+    shardings(first),
+    shardings(second),
+  )
+
+
+@pytest.mark.parametrize('kind', list(KINDS))
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_jit_over_a_sharded_batch_is_the_single_device_run(kind, axis_type):
+  batches = make_batches()
+  single, _ = run(make_grad_fn(kind), batches)
+  sharded, states = run(make_grad_fn(kind), batches, make_mesh(axis_type))
+  chex.assert_trees_all_close(sharded, single, **CLOSE)
+  assert_shardings_equal(states[0], states[-1])
+  if states[-1].queue and kind != 'fraction':
+    image = states[-1].queue.batch['image']
+    assert image.addressable_shards[0].data.shape[1] == 32 // DEVICES
+
+
+def loop_over_shards(grad_fn, batches):
+  """The same run, one shard after the other, averaged by hand."""
+  params, model_state = conadv.dual_bn.split(*init_model())
+  tau, shards = grad_fn.staleness, range(DEVICES)
+
+  def shard(batch, k):
+    size = len(batch['label']) // DEVICES
+    return jax.tree.map(lambda x: x[k * size : (k + 1) * size], batch)
+
+  states = [
+    grad_fn.init(
+      params, [shard(b, k) for b in batches[:tau]], model_state=model_state
+    )
+    for k in shards
+  ]
+  step = jax.jit(grad_fn.value_and_grad)
+  for batch in batches[tau:]:
+    rows = []
+    for k in shards:
+      (loss, aux), grads, states[k] = step(
+        params, states[k], shard(batch, k), model_state=model_state
+      )
+      rows.append((loss, aux.losses, grads, aux.model_state))
+    mean = jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs), axis=0), *rows)
+    params = jax.tree.map(lambda w, g: w - 0.1 * g, params, mean[2])
+    model_state = mean[3]
+  return (*mean, params)
+
+
+@pytest.mark.parametrize('kind', list(KINDS))
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_data_parallel_is_a_loop_over_the_shards(kind, axis_type):
+  grad_fn = make_grad_fn(kind)
+  parallel = conadv.data_parallel(grad_fn, make_mesh(axis_type))
+  assert parallel.staleness == grad_fn.staleness
+  result, states = run(parallel, make_batches())
+  chex.assert_trees_all_close(
+    result, loop_over_shards(grad_fn, make_batches()), **CLOSE
+  )
+  assert_shardings_equal(states[0], states[-1])
+  for leaf in jax.tree.leaves(states[-1].queue):
+    assert leaf.sharding.spec[1] == 'data'
+    assert leaf.addressable_shards[0].data.shape[1] == leaf.shape[1] // DEVICES
+
+
+def test_data_parallel_statistics_are_not_those_of_the_whole_batch():
+  # Otherwise the test above could not tell the two apart.
+  batches = make_batches()
+  parallel, _ = run(
+    conadv.data_parallel(make_grad_fn('conadv'), make_mesh()), batches
+  )
+  whole, _ = run(make_grad_fn('conadv'), batches)
+  assert abs(float(parallel[0] - whole[0])) > 1e-3
+
+
+def test_runs_without_jit_too():
+  grad_fn = conadv.data_parallel(make_grad_fn('conadv'), make_mesh())
+  params, model_state = init_model()
+  first, second = make_batches(2)
+  state = grad_fn.init(params, [first], model_state=model_state)
+  eager = grad_fn.value_and_grad(params, state, second, model_state=model_state)
+  jitted = jax.jit(grad_fn.value_and_grad)(
+    params, state, second, model_state=model_state
+  )
+  chex.assert_trees_all_close(eager, jitted, **CLOSE)
+
+
+def test_each_device_draws_its_own_key():
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean(w * batch['x']),
+    1,
+    attack=conadv.Attack(lambda key, grad, x: x + jax.random.uniform(key)),
+    inputs='x',
+  )
+  parallel = conadv.data_parallel(grad_fn, make_mesh())
+  state = parallel.init(
+    jnp.ones([]), [{'x': jnp.zeros(16)}], key=jax.random.key(0)
+  )
+  draws = np.asarray(state.queue.adversarial).reshape(DEVICES, 2)
+  assert len(np.unique(draws[:, 0])) == DEVICES
+
+
+def test_users_aux_is_averaged_summed_or_put_together():
+  def with_aux(w, batch):
+    aux = {
+      'mean': jnp.mean(batch['x']),
+      'count': jnp.sum(batch['x'] > 3),
+      'each': batch['x'] * 2,
+    }
+    return jnp.mean(w * batch['x']), aux
+
+  grad_fn = conadv.data_parallel(
+    conadv.wrap(with_aux, 0, attack=conadv.fgsm(0.0), inputs='x', has_aux=True),
+    make_mesh(),
+  )
+  x = jnp.arange(16.0)
+  (_, aux), _, _ = grad_fn.value_and_grad(
+    jnp.ones([]), grad_fn.init(jnp.ones([]), []), {'x': x}
+  )
+  chex.assert_trees_all_close(
+    aux.aux['main'],
+    {'mean': jnp.mean(x), 'count': jnp.sum(x > 3), 'each': 2 * x},
+  )
+
+
+def test_counters_in_the_model_state_keep_their_value_and_dtype():
+  def counting(w, model_state, batch):
+    return jnp.mean(w * batch['x']), {'calls': model_state['calls'] + 1}
+
+  grad_fn = conadv.data_parallel(
+    conadv.wrap(
+      counting, 0, attack=conadv.fgsm(0.0), inputs='x', has_state=True
+    ),
+    make_mesh(),
+  )
+  (_, aux), _, _ = grad_fn.value_and_grad(
+    jnp.ones([]),
+    grad_fn.init(jnp.ones([]), []),
+    {'x': jnp.ones(8)},
+    model_state={'calls': jnp.int32(3)},
+  )
+  chex.assert_trees_all_equal(aux.model_state, {'calls': jnp.int32(4)})
+
+
+def test_a_second_axis_of_the_mesh_is_left_to_the_compiler():
+  mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ('data', 'model'))
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean(jnp.tanh(batch['x'] @ w) ** 2),
+    1,
+    attack=conadv.fgsm(0.1),
+    inputs='x',
+  )
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+  batches = [
+    {'x': jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)} for _ in range(2)
+  ]
+  expected = grad_fn.value_and_grad(
+    w, grad_fn.init(w, batches[:1]), batches[1]
+  )[1]
+  parallel = conadv.data_parallel(grad_fn, mesh)
+  sharded = jax.device_put(w, NamedSharding(mesh, P(None, 'model')))
+  state = jax.jit(parallel.init)(sharded, batches[:1])
+  _, grads, _ = jax.jit(parallel.value_and_grad)(sharded, state, batches[1])
+  chex.assert_trees_all_close(grads, expected, **CLOSE)
+
+
+@pytest.mark.parametrize('size', [4, 12, 0])
+def test_a_batch_that_the_devices_do_not_divide_is_an_error(size):
+  grad_fn = conadv.data_parallel(make_grad_fn('conadv'), make_mesh())
+  params, model_state = init_model()
+  with pytest.raises(ValueError, match='multiple of the 8 devices'):
+    grad_fn.init(params, [make_batch(0, size=size)], model_state=model_state)
+
+
+def test_an_axis_that_the_mesh_does_not_have_is_an_error():
+  with pytest.raises(ValueError, match="axis='batch'"):
+    conadv.data_parallel(make_grad_fn('conadv'), make_mesh(), axis='batch')

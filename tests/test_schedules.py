@@ -1,0 +1,98 @@
+"""Schedules against their formulas in plain Python."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import conadv_optax as conadv
+
+
+@given(
+  peak=st.floats(1e-3, 50),
+  warmup=st.integers(0, 20),
+  decay=st.integers(1, 30),
+  power=st.floats(0.5, 3),
+  end=st.floats(0, 1e-3),
+  step=st.integers(0, 60),
+)
+@settings(max_examples=60, deadline=None)
+def test_warmup_is_linear_and_decay_polynomial(
+  peak, warmup, decay, power, end, step
+):
+  rate = conadv.polynomial_warmup(
+    peak, warmup, warmup + decay, power=power, end=end
+  )
+  if step < warmup:
+    expected = peak * step / warmup
+  else:
+    left = 1 - min(step - warmup, decay) / decay
+    expected = (peak - end) * left**power + end
+  np.testing.assert_allclose(
+    rate(jnp.asarray(step)), expected, rtol=1e-4, atol=1e-5 * peak
+  )
+
+
+def test_the_largest_published_run():
+  rate = conadv.polynomial_warmup(43.0, 534, 1301, power=1.6, end=1e-4)
+  np.testing.assert_allclose(rate(0), 0.0)
+  np.testing.assert_allclose(rate(267), 21.5, rtol=1e-6)
+  np.testing.assert_allclose(rate(534), 43.0, rtol=1e-6)
+  middle = (43.0 - 1e-4) * (1 - 400 / 767) ** 1.6 + 1e-4
+  np.testing.assert_allclose(rate(934), middle, rtol=1e-5)
+  np.testing.assert_allclose(rate(1301), 1e-4, rtol=1e-4)
+
+
+def test_legw_keeps_the_warmup_steps():
+  common = {
+    'base_batch': 256,
+    'num_examples': 25_600,
+    'epochs': 90.0,
+    'end': 0.0,
+  }
+  base = conadv.legw(0.1, 5.0, batch=256, **common)
+  large = conadv.legw(0.1, 5.0, batch=4096, **common)
+  # 5 epochs of 100 steps, and 80 epochs of 6.25 steps.
+  for step in (0, 100, 250, 500):
+    np.testing.assert_allclose(large(step), 4 * base(step), rtol=1e-6)
+  np.testing.assert_allclose(base(500), 0.1, rtol=1e-6)
+  # Both end after 90 epochs.
+  np.testing.assert_allclose(base(9000), 0.0, atol=1e-7)
+  assert base(8900) > 0
+  np.testing.assert_allclose(large(round(90 * 6.25)), 0.0, atol=1e-7)
+  assert large(540) > 0
+
+
+def test_learning_rate_rules():
+  assert conadv.scale_learning_rate(0.1, 256, 256) == 0.1
+  np.testing.assert_allclose(conadv.scale_learning_rate(0.1, 256, 8192), 3.2)
+  np.testing.assert_allclose(
+    conadv.scale_learning_rate(0.1, 256, 64, rule='sqrt'), 0.05
+  )
+
+
+@pytest.mark.parametrize(
+  ('warmup', 'total'), [(10, 10), (11, 10), (-1, 10), (0, 0)]
+)
+def test_warmup_must_end_before_the_run(warmup, total):
+  with pytest.raises(ValueError, match=f'warmup_steps={warmup}'):
+    conadv.polynomial_warmup(1.0, warmup, total)
+
+
+def test_legw_warmup_longer_than_the_run_is_an_error():
+  with pytest.raises(ValueError, match='warmup_steps=100'):
+    conadv.legw(
+      1.0, 10.0, base_batch=10, batch=1000, num_examples=100, epochs=90.0
+    )
+
+
+@pytest.mark.parametrize('batches', [(0, 8), (8, 0), (-8, 8)])
+def test_batches_are_positive(batches):
+  with pytest.raises(ValueError, match='positive number of examples'):
+    conadv.scale_learning_rate(0.1, *batches)
+
+
+def test_unknown_rule_is_an_error():
+  with pytest.raises(ValueError, match="rule='cubic'"):
+    conadv.scale_learning_rate(0.1, 8, 16, rule='cubic')

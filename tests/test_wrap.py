@@ -1,0 +1,520 @@
+"""`wrap` against Algorithm 1 written out with plain lists of the past."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import forward, init_model, loss_fn, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import conadv_optax as conadv
+
+EPSILON = 0.1
+STEPS = 10
+RATE = 0.2
+
+
+def naive_attack(norm, shared, batch, steps=1):
+  """L-infinity PGD from the clean input, in the norm of one branch."""
+
+  def loss(x):
+    value, _ = loss_fn(
+      {**shared, 'norm': norm}, naive_statistics(), {**batch, 'image': x}
+    )
+    return value
+
+  x = clean = np.asarray(batch['image'])
+  size = EPSILON if steps == 1 else 2.5 * EPSILON / steps
+  for _ in range(steps):
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(x)))
+    x = np.clip(x + size * np.sign(gradient), clean - EPSILON, clean + EPSILON)
+  return {**batch, 'image': jnp.asarray(x, jnp.float32)}
+
+
+def naive_statistics():
+  return init_model()[1]
+
+
+def plain_sum(theta, stats, clean, adversarial):
+  """Both losses of Algorithm 1, added."""
+  main, new_main = loss_fn(
+    {**theta['shared'], 'norm': theta['main']}, stats['main'], clean
+  )
+  other, new_other = loss_fn(
+    {**theta['shared'], 'norm': theta['adversarial']},
+    stats['adversarial'],
+    adversarial,
+  )
+  return main + other, (main, other, new_main, new_other)
+
+
+def naive_conadv(tau, batches, steps_of_attack=1, reuse=False):
+  """Algorithm 1: lists of past parameters and batches, no queue.
+
+  Norm layers are kept apart by hand, and the gradient is one gradient of the
+  plain sum of both losses.
+  """
+  params, statistics = init_model()
+  norm = params.pop('norm')
+  theta = {
+    'shared': params,
+    'main': norm,
+    'adversarial': jax.tree.map(jnp.copy, norm),
+  }
+  stats = {'main': statistics, 'adversarial': statistics}
+  past, rows = [], []
+  for t in range(STEPS):
+    past.append(theta)
+    clean = batches[t + tau] if reuse else batches[t]
+    crafted_at = max(t - tau, 0)
+    if reuse and t >= tau:
+      # Made by the clean pass of call t - tau, in the main norm.
+      source, branch = batches[t], 'main'
+    else:
+      source, branch = batches[t], 'adversarial'
+    then = past[crafted_at]
+    adversarial = naive_attack(
+      then[branch], then['shared'], source, steps_of_attack
+    )
+
+    (_, (main, other, *new_stats)), grads = jax.value_and_grad(
+      plain_sum, has_aux=True
+    )(theta, stats, clean, adversarial)
+    theta = jax.tree.map(lambda w, g: w - RATE * g, theta, grads)
+    stats = dict(zip(('main', 'adversarial'), new_stats, strict=True))
+    rows.append((main, other, grads, stats, theta))
+  return rows
+
+
+def to_naive(branched):
+  shared = dict(branched.main)
+  return {
+    'main': shared.pop('norm'),
+    'shared': shared,
+    'adversarial': branched.branches['adversarial']['norm'],
+  }
+
+
+def run_wrap(tau, batches, **kwargs):
+  params, model_state = conadv.dual_bn.split(*init_model())
+  grad_fn = conadv.wrap(
+    loss_fn,
+    tau,
+    weights={'main': 1.0, 'adversarial': 1.0},
+    has_state=True,
+    **kwargs,
+  )
+  state = grad_fn.init(params, batches[:tau], model_state=model_state)
+  step = jax.jit(grad_fn.value_and_grad)
+  rows = []
+  for batch in batches[tau : tau + STEPS]:
+    (loss, aux), grads, state = step(
+      params, state, batch, model_state=model_state
+    )
+    params = jax.tree.map(lambda w, g: w - RATE * g, params, grads)
+    model_state = aux.model_state
+    rows.append((loss, aux, grads, model_state, params))
+  return rows
+
+
+def assert_same_run(rows, naive_rows):
+  assert len(rows) == len(naive_rows) == STEPS
+  for row, naive in zip(rows, naive_rows, strict=True):
+    loss, aux, grads, model_state, params = row
+    main, adversarial, naive_grads, stats, theta = naive
+    close = {'rtol': 2e-4, 'atol': 2e-5}
+    chex.assert_trees_all_close(loss, main + adversarial, **close)
+    chex.assert_trees_all_close(
+      aux.losses, {'main': main, 'adversarial': adversarial}, **close
+    )
+    chex.assert_trees_all_close(to_naive(grads), naive_grads, **close)
+    for branch in ('main', 'adversarial'):
+      chex.assert_trees_all_close(
+        conadv.dual_bn.select(model_state, branch), stats[branch], **close
+      )
+    chex.assert_trees_all_close(to_naive(params), theta, **close)
+
+
+@pytest.mark.parametrize('tau', [0, 1, 2, 3])
+@pytest.mark.parametrize('steps_of_attack', [1, 3])
+def test_is_algorithm_1_to_the_letter(tau, steps_of_attack):
+  batches = [make_batch(t) for t in range(STEPS + tau)]
+  attack = conadv.pgd(EPSILON, steps=steps_of_attack, random_start=False)
+  rows = run_wrap(tau, batches, attack=attack)
+  assert_same_run(rows, naive_conadv(tau, batches, steps_of_attack))
+
+
+@pytest.mark.parametrize('tau', [1, 2, 3])
+def test_reused_gradient_trains_on_the_newest_clean_batch(tau):
+  batches = [make_batch(t) for t in range(STEPS + tau)]
+  rows = run_wrap(
+    tau, batches, attack=conadv.fgsm(EPSILON), reuse_gradient=True
+  )
+  assert_same_run(rows, naive_conadv(tau, batches, reuse=True))
+
+
+def parameters_as_perturbation():
+  """An attack that adds the parameter of the moment to each input.
+
+  For a loss mean(w * x) the gradient of example i is w / batch.
+  """
+
+  def craft(key, gradient_fn, inputs):
+    del key
+    return inputs + inputs.shape[0] * gradient_fn(inputs)
+
+  return conadv.Attack(craft, draws=False)
+
+
+@given(
+  tau=st.integers(0, 5),
+  steps=st.integers(1, 12),
+  size=st.integers(1, 4),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_copy_is_tau_steps_old_whatever_tau(tau, steps, size):
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean(w * batch['x']),
+    tau,
+    attack=parameters_as_perturbation(),
+    inputs='x',
+  )
+  weight = [float(2**t) for t in range(steps)]
+  batches = [{'x': jnp.full(size, 100.0 * t)} for t in range(steps + tau)]
+  state = grad_fn.init(jnp.asarray(weight[0]), batches[:tau])
+  for t in range(steps):
+    (_, aux), _, state = grad_fn.value_and_grad(
+      jnp.asarray(weight[t]), state, batches[t + tau]
+    )
+    crafted_with = weight[max(t - tau, 0)]
+    chex.assert_trees_all_close(
+      aux.losses,
+      {
+        'main': jnp.asarray(weight[t] * 100.0 * t),
+        'adversarial': jnp.asarray(weight[t] * (100.0 * t + crafted_with)),
+      },
+      rtol=1e-6,
+    )
+
+
+def plain_step(params, model_state, batch):
+  return jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
+
+
+def one_step(batch, **kwargs):
+  params, model_state = init_model()
+  grad_fn = conadv.wrap(loss_fn, 0, has_state=True, **kwargs)
+  state = grad_fn.init(params, [])
+  return grad_fn.value_and_grad(params, state, batch, model_state=model_state)
+
+
+def test_weights_one_and_zero_are_the_plain_step():
+  batch = make_batch(0)
+  (loss, aux), grads, _ = one_step(
+    batch,
+    attack=conadv.fgsm(EPSILON),
+    weights={'main': 1.0, 'adversarial': 0.0},
+  )
+  (plain, model_state), plain_grads = plain_step(*init_model(), batch)
+  chex.assert_trees_all_equal(loss, plain)
+  chex.assert_trees_all_close(grads, plain_grads, rtol=1e-6, atol=1e-7)
+  chex.assert_trees_all_equal(aux.model_state, model_state)
+
+
+def test_a_branch_of_weight_zero_adds_not_even_a_nan():
+  attack = conadv.Attack(lambda key, grad, x: x * jnp.nan, draws=False)
+  batch = make_batch(0)
+  (loss, aux), grads, _ = one_step(
+    batch, attack=attack, weights={'main': 1.0, 'adversarial': 0.0}
+  )
+  assert np.isnan(aux.losses['adversarial'])
+  (plain, _), plain_grads = plain_step(*init_model(), batch)
+  chex.assert_trees_all_equal(loss, plain)
+  chex.assert_trees_all_close(grads, plain_grads, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_epsilon_zero_counts_every_example_twice(norm):
+  batch = make_batch(0)
+  (loss, _), grads, _ = one_step(
+    batch, attack=conadv.pgd(0.0, norm=norm, random_start=False)
+  )
+  doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+  (plain, _), plain_grads = plain_step(*init_model(), doubled)
+  chex.assert_trees_all_close(loss, plain, rtol=1e-6)
+  chex.assert_trees_all_close(grads, plain_grads, rtol=1e-5, atol=1e-6)
+
+
+def test_staleness_zero_is_the_advprop_step():
+  batch = make_batch(0)
+  params, model_state = init_model()
+  split, split_state = conadv.dual_bn.split(params, model_state)
+  grad_fn = conadv.wrap(loss_fn, 0, attack=conadv.fgsm(EPSILON), has_state=True)
+  _, grads, _ = grad_fn.value_and_grad(
+    split, grad_fn.init(split, []), batch, model_state=split_state
+  )
+  shared = {k: v for k, v in params.items() if k != 'norm'}
+  adversarial = naive_attack(params['norm'], shared, batch)
+  clean_grads, adv_grads = (
+    plain_step(params, model_state, b)[1] for b in (batch, adversarial)
+  )
+  half = jax.tree.map(lambda a, b: (a + b) / 2, clean_grads, adv_grads)
+  norm = conadv.dual_bn.select(grads, 'adversarial')['norm']
+  close = {'rtol': 1e-5, 'atol': 1e-6}
+  chex.assert_trees_all_close(grads.main['head'], half['head'], **close)
+  chex.assert_trees_all_close(grads.main['dense'], half['dense'], **close)
+  chex.assert_trees_all_close(
+    norm, jax.tree.map(lambda g: g / 2, adv_grads['norm']), **close
+  )
+  chex.assert_trees_all_close(
+    grads.main['norm'],
+    jax.tree.map(lambda g: g / 2, clean_grads['norm']),
+    **close,
+  )
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'size', 'count'),
+  [(0.2, 16, 3), (0.5, 7, 3), (0.01, 5, 1), (1.0, 5, 5), (0.999, 4, 3)],
+)
+@pytest.mark.parametrize('reuse', [False, True])
+def test_fraction_is_the_mean_over_the_first_part(fraction, size, count, reuse):
+  batches = [make_batch(t, size=size) for t in range(3)]
+  params, model_state = init_model()
+  attack = conadv.fgsm(EPSILON)
+  kwargs = {'attack': attack, 'has_state': True, 'reuse_gradient': reuse}
+  part = conadv.wrap(loss_fn, 1, adversarial_fraction=fraction, **kwargs)
+  state = part.init(params, batches[:1], model_state=model_state)
+  for batch in batches[1:]:
+    queued = state.queue
+    if reuse:
+      expected = jax.tree.map(lambda x: x[0], queued.batch)
+    else:
+      expected = jax.tree.map(lambda x: x[0][:count], queued.batch)
+      expected['image'] = queued.adversarial[0]
+    chex.assert_tree_shape_prefix(expected, (count,))
+    (_, aux), _, state = part.value_and_grad(
+      params, state, batch, model_state=model_state
+    )
+    chex.assert_trees_all_close(
+      aux.losses['adversarial'],
+      loss_fn(params, model_state, expected)[0],
+      rtol=1e-6,
+    )
+  # The attack saw the first part alone, in its own batch statistics; a reused
+  # gradient is that of the whole clean batch.
+  source = (
+    batches[-1] if reuse else jax.tree.map(lambda x: x[:count], batches[-1])
+  )
+  shared = {k: v for k, v in params.items() if k != 'norm'}
+  naive = naive_attack(params['norm'], shared, source)['image'][:count]
+  made = state.queue.batch['image'] if reuse else state.queue.adversarial
+  chex.assert_trees_all_close(made[0], naive, rtol=1e-6)
+
+
+def test_extra_branches_are_further_clean_views_with_their_own_norm():
+  batch = make_batch(0)
+  batch['view'] = make_batch(1)['image']
+  params, model_state = conadv.dual_bn.split(
+    *init_model(), branches=('adversarial', 'augmented')
+  )
+  grad_fn = conadv.wrap(
+    loss_fn,
+    0,
+    attack=conadv.fgsm(EPSILON),
+    extra_branches={'augmented': 'view'},
+    has_state=True,
+  )
+  (loss, aux), grads, _ = grad_fn.value_and_grad(
+    params, grad_fn.init(params, []), batch, model_state=model_state
+  )
+  plain, statistics = init_model()
+  (view_loss, view_state), view_grads = plain_step(
+    plain, statistics, {**batch, 'image': batch['view']}
+  )
+  chex.assert_trees_all_close(aux.losses['augmented'], view_loss, rtol=1e-6)
+  chex.assert_trees_all_close(loss, sum(aux.losses.values()) / 3, rtol=1e-6)
+  chex.assert_trees_all_close(
+    conadv.dual_bn.select(aux.model_state, 'augmented'), view_state, rtol=1e-6
+  )
+  chex.assert_trees_all_close(
+    conadv.dual_bn.select(grads, 'augmented')['norm'],
+    jax.tree.map(lambda g: g / 3, view_grads['norm']),
+    rtol=1e-5,
+    atol=1e-7,
+  )
+
+
+def counting_loss(params, model_state, batch):
+  return jnp.mean(params * batch['x']), {'calls': model_state['calls'] + 1}
+
+
+@pytest.mark.parametrize('tau', [0, 1, 3])
+def test_each_branch_updates_its_state_once_and_the_attack_none(tau):
+  _, model_state = conadv.dual_bn.split(
+    {}, {'calls': jnp.zeros([], jnp.int32)}, affine=False
+  )
+  grad_fn = conadv.wrap(
+    counting_loss,
+    tau,
+    attack=conadv.pgd(0.1, steps=4),
+    inputs='x',
+    has_state=True,
+  )
+  params, key = jnp.ones(4), jax.random.key(0)
+  batch = {'x': jnp.ones(4)}
+  state = grad_fn.init(params, [batch] * tau, model_state=model_state, key=key)
+  for call in range(1, 4):
+    (_, aux), _, state = grad_fn.value_and_grad(
+      params, state, batch, model_state=model_state, key=key
+    )
+    model_state = aux.model_state
+    calls = {
+      branch: conadv.dual_bn.select(model_state, branch)['calls']
+      for branch in ('main', 'adversarial')
+    }
+    chex.assert_trees_all_equal(
+      calls, {'main': jnp.int32(call), 'adversarial': jnp.int32(call)}
+    )
+
+
+def test_a_shared_state_keeps_the_main_update_alone():
+  batch = make_batch(0)
+  _, expected = forward(*init_model(), batch['image'])
+  (_, aux), _, _ = one_step(batch, attack=conadv.fgsm(EPSILON))
+  chex.assert_trees_all_close(aux.model_state, expected, rtol=1e-6)
+
+
+def test_every_branch_draws_its_own_key():
+  def noisy(params, batch, *, key):
+    draw = jax.random.uniform(key)
+    return jnp.mean(params * batch['x']), draw
+
+  grad_fn = conadv.wrap(
+    noisy, 1, attack=conadv.pgd(0.1), inputs='x', has_aux=True, has_key=True
+  )
+  params, batch = jnp.ones(4), {'x': jnp.ones(4)}
+  keys = jax.random.split(jax.random.key(0), 3)
+  state = grad_fn.init(params, [batch], key=keys[0])
+
+  def draws(key):
+    (_, aux), _, new = grad_fn.value_and_grad(params, state, batch, key=key)
+    return aux.aux['main'], aux.aux['adversarial'], new.queue.adversarial
+
+  first, again, other = draws(keys[1]), draws(keys[1]), draws(keys[2])
+  chex.assert_trees_all_equal(first, again)
+  assert first[0] != first[1]
+  assert first[0] != other[0]
+  assert np.any(np.asarray(first[2]) != np.asarray(other[2]))
+
+
+def test_first_batches_draw_different_starts():
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean(w * batch['x']),
+    2,
+    attack=conadv.Attack(lambda key, grad, x: x + jax.random.uniform(key)),
+    inputs='x',
+  )
+  state = grad_fn.init(
+    jnp.ones(4), [{'x': jnp.zeros(4)}] * 2, key=jax.random.key(0)
+  )
+  first, second = np.asarray(state.queue.adversarial)
+  assert np.all(first != second)
+
+
+def test_targets_are_for_the_attack_and_true_labels_for_training():
+  batch = make_batch(0)
+  seen = []
+
+  def spying(params, model_state, batch):
+    jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch['label'])
+    return loss_fn(params, model_state, batch)
+
+  params, model_state = init_model()
+  grad_fn = conadv.wrap(
+    spying,
+    0,
+    attack=conadv.pgd(0.1, targets=conadv.random_targets(3)),
+    has_state=True,
+  )
+  grad_fn.value_and_grad(
+    params,
+    grad_fn.init(params, []),
+    batch,
+    model_state=model_state,
+    key=jax.random.key(0),
+  )
+  jax.effects_barrier()
+  true = np.asarray(batch['label'])
+  wrong = [labels for labels in seen if np.all(labels != true)]
+  right = [labels for labels in seen if np.all(labels == true)]
+  assert len(seen) == len(wrong) + len(right)
+  assert len(wrong) >= 1
+  assert len(right) >= 2
+
+
+def test_passes_run_one_at_a_time():
+  """A barrier before each pass: the compiler may not interleave them."""
+  batch = make_batch(0)
+  batch['view'] = batch['image']
+  params, model_state = init_model()
+  grad_fn = conadv.wrap(
+    loss_fn,
+    1,
+    attack=conadv.fgsm(EPSILON),
+    extra_branches={'augmented': 'view'},
+    has_state=True,
+  )
+  state = grad_fn.init(params, [batch], model_state=model_state)
+  jaxpr = jax.make_jaxpr(grad_fn.value_and_grad)(
+    params, state, batch, model_state=model_state
+  )
+  barriers = [
+    eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'optimization_barrier'
+  ]
+  assert len(barriers) == 3
+
+
+def test_default_attack_is_the_published_radius():
+  grad_fn = conadv.wrap(lambda w, b: jnp.mean(w * b['image']), staleness=1)
+  params, batch = jnp.ones(64), {'image': jnp.zeros(64)}
+  state = grad_fn.init(params, [batch], key=jax.random.key(0))
+  adversarial = np.asarray(state.queue.adversarial)
+  np.testing.assert_allclose(np.max(adversarial), 18 / 255, rtol=1e-6)
+  reused = conadv.wrap(
+    lambda w, b: jnp.mean(w * b['image']), staleness=1, reuse_gradient=True
+  )
+  state = reused.init(params, [batch])
+  np.testing.assert_allclose(state.queue.batch['image'], 18 / 255, rtol=1e-6)
+
+
+def test_ten_thousand_steps_neither_recompile_nor_grow():
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean((batch['x'] - w) ** 2),
+    3,
+    attack=conadv.fgsm(0.1),
+    inputs='x',
+  )
+  x = jnp.linspace(-1.0, 1.0, 8)
+  params = jnp.zeros(8)
+  state = grad_fn.init(params, [{'x': x}] * 3)
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def thousand(params, state):
+    def body(carry, t):
+      params, state = carry
+      batch = {'x': x + t.astype(jnp.float32)}
+      (loss, _), grads, state = grad_fn.value_and_grad(params, state, batch)
+      return (params - 0.5 * grads, state), loss
+
+    return jax.lax.scan(body, (params, state), jnp.arange(1000))
+
+  for _ in range(10):
+    (params, new), losses = thousand(params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    state = new
+    assert np.all(np.isfinite(losses))
+  assert int(state.slot) == 10_000 % 3
