@@ -139,14 +139,26 @@ def test_joint_with_nothing_excluded_is_optax(nesterov):
   chex.assert_trees_all_close(params[0], params[1], rtol=1e-5, atol=1e-7)
 
 
-def test_norms_are_float32_in_bfloat16():
-  # In bfloat16 a sum of 40,000 ones stops at 256, and the ratio would be 1/12.
-  params = {'kernel': jnp.ones((200, 200), jnp.bfloat16)}
-  grads = {'kernel': jnp.full((200, 200), 0.5, jnp.bfloat16)}
+def test_norms_are_float32_whatever_the_dtype():
+  # 300 squared is more than float16 holds, and the ratio would be NaN.
+  params = {'kernel': jnp.full((10, 10), 300.0, jnp.float16)}
+  grads = {'kernel': jnp.full((10, 10), 600.0, jnp.float16)}
   tx = conadv.lars(1.0, weight_decay=0.0, trust_coefficient=0.25)
   updates, _ = tx.update(grads, tx.init(params), params)
+  # |w| / |g| = 1/2, and 1/4 of it, times 600.
   chex.assert_trees_all_equal(
-    updates, {'kernel': jnp.full((200, 200), -0.25, jnp.bfloat16)}
+    updates, {'kernel': jnp.full((10, 10), -75.0, jnp.float16)}
+  )
+
+
+def test_bfloat16_updates_are_rounded_once():
+  params, grads = make_params(jnp.bfloat16), make_grads(0, jnp.bfloat16)
+  tx = conadv.lars(0.5, weight_decay=DECAY, trust_coefficient=TRUST)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))
+  expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+  chex.assert_trees_all_equal(
+    updates, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
   )
 
 

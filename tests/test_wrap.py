@@ -382,8 +382,13 @@ def test_each_branch_updates_its_state_once_and_the_attack_none(tau):
 
 def test_a_shared_state_keeps_the_main_update_alone():
   batch = make_batch(0)
+  batch['view'] = make_batch(1)['image']
   _, expected = forward(*init_model(), batch['image'])
-  (_, aux), _, _ = one_step(batch, attack=conadv.fgsm(EPSILON))
+  (_, aux), _, _ = one_step(
+    batch,
+    attack=conadv.fgsm(EPSILON),
+    extra_branches={'augmented': 'view'},
+  )
   chex.assert_trees_all_close(aux.model_state, expected, rtol=1e-6)
 
 

@@ -1,0 +1,1 @@
+"""The reference pipeline: from images to a ResNet trained with ConAdv."""

@@ -1,0 +1,1 @@
+"""What a step costs; each file is a command that prints its table."""

@@ -1,0 +1,1 @@
+"""One run a file: `--config=reference/configs/NAME.py`."""

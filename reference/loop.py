@@ -1,0 +1,115 @@
+"""The loop over the steps that are left."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import tqdm
+
+from reference import input_pipeline, metrics, step
+
+
+def fetch(
+  values: step.Metrics, *, done: int, workdir: Path
+) -> dict[str, float]:
+  """Reads the metrics of a step from the device, once it has run.
+
+  Raises:
+    FloatingPointError: when one is infinite or not a number, which stops a run
+      before what has diverged is saved.
+  """
+  read = {name: float(x) for name, x in jax.device_get(values).items()}
+  bad = {name: x for name, x in read.items() if not math.isfinite(x)}
+  if bad:
+    raise FloatingPointError(
+      f'Losses and norms must stay finite. At step {done}: {bad}. Likely the '
+      'learning rate is too high or its warm-up too short: lower '
+      '`--config.lars.peak`, raise `--config.lars.warmup_epochs`, and take '
+      f'another --workdir. The last good checkpoint stays in {workdir}.'
+    )
+  return read
+
+
+def run_steps(
+  config: ml_collections.ConfigDict,
+  state: step.TrainState,
+  *,
+  steps: int,
+  train_step: Callable[..., tuple[step.TrainState, step.Metrics]],
+  next_batch: Callable[[], step.Batch],
+  evaluation: Callable[[step.TrainState], dict[str, float]],
+  save: Callable[[step.TrainState], None],
+  record: metrics.Record,
+  skipped: input_pipeline.Skipped,
+  workdir: Path,
+) -> None:
+  """Takes the steps that are left, and records, evaluates and saves.
+
+  Args:
+    config: of the run.
+    state: to start from; it is donated.
+    steps: of the whole run.
+    train_step: the compiled step.
+    next_batch: the next batch, on the devices.
+    evaluation: the held-out metrics of a state.
+    save: writes a checkpoint of a state.
+    record: receives a row for every log, evaluation or checkpoint: the means
+      over the steps since the row before.
+    skipped: the unreadable training images so far.
+    workdir: named in the error when the loss is no longer finite.
+  """
+  done = int(state.step)
+  bar = tqdm.tqdm(
+    total=steps * config.batch_size,
+    initial=done * config.batch_size,
+    unit='img',
+    unit_scale=True,
+    dynamic_ncols=True,
+    mininterval=1.0,
+  )
+  unread: step.Metrics | None = None
+  window: list[dict[str, float]] = []
+  started = time.perf_counter()
+  with bar:
+    while done < steps:
+      state, values = train_step(state, next_batch())
+      # Read a step late, so that the device has work meanwhile.
+      if unread is not None:
+        window.append(fetch(unread, done=done, workdir=workdir))
+      unread = values
+      done += 1
+      bar.update(config.batch_size)
+      log_now, evaluate_now, save_now = (
+        done % every == 0 or done == steps
+        for every in (
+          config.run.log_every,
+          config.run.evaluate_every,
+          config.run.checkpoint_every,
+        )
+      )
+      if not (log_now or evaluate_now or save_now):
+        continue
+
+      window.append(fetch(unread, done=done, workdir=workdir))
+      seconds = time.perf_counter() - started
+      row: dict[str, float] = {
+        'step': done,
+        'epoch': done / steps * config.epochs,
+        **{
+          name: sum(values[name] for values in window) / len(window)
+          for name in window[0]
+        },
+        'images_per_second': len(window) * config.batch_size / seconds,
+        'skipped': len(skipped),
+      }
+      bar.set_postfix_str(metrics.describe(row).partition(', ')[2])
+      if evaluate_now:
+        row |= evaluation(state)
+        bar.write(metrics.describe(row))
+      metrics.add(record, row)
+      if save_now:
+        save(state)
+      unread, window, started = None, [], time.perf_counter()

@@ -1,0 +1,143 @@
+"""ResNet v1.5, from a net for 8-pixel digits to ResNet-50.
+
+References:
+  He et al., `Deep Residual Learning for Image Recognition
+  <https://arxiv.org/abs/1512.03385>`_, 2015
+  Goyal et al., `Accurate, Large Minibatch SGD
+  <https://arxiv.org/abs/1706.02677>`_, 2017 (stride on the 3x3, last scale 0)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Layer = Callable[..., Any]
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions and a shortcut; (B, H, W, C) to (B, H', W', filters).
+
+  Attributes:
+    filters: channels of the result.
+    stride: of the first convolution; H' = H / stride.
+    conv: factory of convolutions.
+    norm: factory of norm layers.
+  """
+
+  filters: int
+  stride: int
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The block's output for `x`."""
+    strides = (self.stride, self.stride)
+    y = self.conv(self.filters, (3, 3), strides)(x)
+    y = nn.relu(self.norm()(y))
+    y = self.conv(self.filters, (3, 3))(y)
+    y = self.norm(scale_init=nn.initializers.zeros)(y)
+    if x.shape != y.shape:
+      x = self.conv(self.filters, (1, 1), strides, name='shortcut')(x)
+      x = self.norm(name='shortcut_norm')(x)
+    return nn.relu(x + y)
+
+
+class BottleneckBlock(nn.Module):
+  """1x1, 3x3, 1x1 and a shortcut; (B, H, W, C) to (B, H', W', 4 * filters).
+
+  Attributes:
+    filters: channels of the 3x3 convolution, a quarter of the result's.
+    stride: of the 3x3 convolution (v1.5); H' = H / stride.
+    conv: factory of convolutions.
+    norm: factory of norm layers.
+  """
+
+  filters: int
+  stride: int
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The block's output for `x`."""
+    strides = (self.stride, self.stride)
+    y = nn.relu(self.norm()(self.conv(self.filters, (1, 1))(x)))
+    y = nn.relu(self.norm()(self.conv(self.filters, (3, 3), strides)(y)))
+    y = self.conv(4 * self.filters, (1, 1))(y)
+    y = self.norm(scale_init=nn.initializers.zeros)(y)
+    if x.shape != y.shape:
+      x = self.conv(4 * self.filters, (1, 1), strides, name='shortcut')(x)
+      x = self.norm(name='shortcut_norm')(x)
+    return nn.relu(x + y)
+
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+  'basic': BasicBlock,
+  'bottleneck': BottleneckBlock,
+}
+
+
+class ResNet(nn.Module):
+  """A ResNet; parameters, statistics and logits are float32.
+
+  ResNet-50 is `stage_sizes=(3, 4, 6, 3), filters=64, block='bottleneck',
+  stem='imagenet'`.
+
+  Attributes:
+    num_classes: width of the logits.
+    stage_sizes: blocks of each stage; every stage after the first halves the
+      image and doubles the channels.
+    filters: channels of the first stage.
+    block: 'basic' or 'bottleneck'.
+    stem: 'imagenet' (7x7 of stride 2 and a pool of stride 2) or 'small' (3x3).
+    dtype: of the computation between input and logits.
+  """
+
+  num_classes: int
+  stage_sizes: tuple[int, ...]
+  filters: int
+  block: str
+  stem: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Logits (B, num_classes) of images (B, H, W, C), any float dtype."""
+    conv = functools.partial(
+      nn.Conv,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    )
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=self.dtype,
+    )
+    x = x.astype(self.dtype)
+    if self.stem == 'imagenet':
+      x = conv(self.filters, (7, 7), (2, 2), padding=3, name='stem')(x)
+      x = nn.relu(norm(name='stem_norm')(x))
+      x = nn.max_pool(x, (3, 3), (2, 2), padding='SAME')
+    else:
+      x = conv(self.filters, (3, 3), name='stem')(x)
+      x = nn.relu(norm(name='stem_norm')(x))
+    for stage, size in enumerate(self.stage_sizes):
+      for index in range(size):
+        x = BLOCKS[self.block](
+          filters=self.filters * 2**stage,
+          stride=2 if stage > 0 and index == 0 else 1,
+          conv=conv,
+          norm=norm,
+        )(x)
+    x = x.mean((1, 2), dtype=jnp.float32)
+    return nn.Dense(
+      self.num_classes, kernel_init=nn.initializers.normal(0.01), name='head'
+    )(x)

@@ -1,0 +1,277 @@
+"""The main job from end to end, its restarts, and its errors."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from reference import checkpoint, metrics, train
+from reference.configs import digits, jpeg_folder
+
+BATCH = 16
+
+
+def tiny(method='conadv', *, steps=3, **overrides):
+  """The main job's config with a net of one block and a few steps."""
+  config = digits.get_config()
+  config.update_from_flattened_dict(
+    {
+      'method': method,
+      'batch_size': BATCH,
+      'epochs': (steps - 0.5) * BATCH / 1437,
+      'lars.warmup_epochs': BATCH / 1437,
+      'model.stage_sizes': (1,),
+      'model.filters': 4,
+      'run.log_every': 1,
+      'run.evaluate_every': steps,
+      'run.checkpoint_every': 2,
+      **overrides,
+    }
+  )
+  return config
+
+
+def read_csv(workdir):
+  with (workdir / 'metrics.csv').open(newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def saved(workdir, number):
+  """All that a checkpoint holds, as arrays and plain values."""
+  with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
+    state = manager.restore(
+      number, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+    ).state
+  folder = workdir / 'checkpoints' / str(number) / 'data'
+  [position] = [path.read_text() for path in folder.glob('process_*')]
+  return state, position
+
+
+def steps_saved(workdir):
+  return sorted(
+    int(path.name)
+    for path in (workdir / 'checkpoints').iterdir()
+    if path.name.isdigit()
+  )
+
+
+def assert_equal(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  'method', ['vanilla', 'advprop', 'conadv', 'conadv_reuse']
+)
+def test_the_main_job(method, tmp_path, capsys):
+  final = train.train(tiny(method), tmp_path)
+  assert final['step'] == 3
+  assert final['held_out_images'] == 360
+  assert 0 <= final['held_out_accuracy'] <= 1
+  rows = read_csv(tmp_path)
+  assert [float(row['step']) for row in rows] == [1, 2, 3]
+  names = ['loss', 'loss_main', 'images_per_second', 'learning_rate']
+  if method == 'vanilla':
+    assert 'loss_adversarial' not in rows[0]
+  else:
+    names.append('loss_adversarial')
+  for row in rows:
+    assert all(np.isfinite(float(row[name])) for name in names)
+  assert rows[0]['held_out_accuracy'] == ''
+  assert float(rows[2]['held_out_accuracy']) == pytest.approx(
+    final['held_out_accuracy']
+  )
+  assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  [events] = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  assert events.stat().st_size > 0
+  assert steps_saved(tmp_path) == [2, 3]
+  out, err = capsys.readouterr()
+  assert f'{final["held_out_accuracy"]:.2%} of 360' in out
+  assert str(tmp_path / 'metrics.csv') in out
+  assert '48.0/48.0' in err
+  assert 'img/s' in err
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  train.train(tiny(steps=6), whole)
+
+  def break_at_5(record, row, add=metrics.add):
+    add(record, row)
+    if row['step'] == 5:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, 'add', break_at_5)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(tiny(steps=6), broken)
+  assert steps_saved(broken) == [2, 4]
+  # How a run is watched may change; what it learns does not.
+  train.train(tiny(steps=6, **{'run.keep': 3}), broken)
+
+  broken_state, broken_position = saved(broken, 6)
+  whole_state, whole_position = saved(whole, 6)
+  assert_equal(broken_state, whole_state)
+  assert broken_position == whole_position
+  left, right = read_csv(broken), read_csv(whole)
+  for row in left + right:
+    del row['images_per_second']
+  assert left == right
+  assert [float(row['step']) for row in left] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_complete_run_is_only_evaluated(tmp_path, capsys, monkeypatch):
+  first = train.train(tiny(), tmp_path)
+  rows = read_csv(tmp_path)
+  monkeypatch.setattr(train, 'make_step', None)
+  second = train.train(tiny(), tmp_path)
+  assert second == pytest.approx(first)
+  assert read_csv(tmp_path) == rows
+  assert 'The run is complete' in capsys.readouterr().out
+
+
+def test_another_config_is_refused_field_by_field(tmp_path):
+  with checkpoint.open_manager(tmp_path, tiny()) as manager:
+    manager.save(
+      7,
+      args=ocp.args.Composite(
+        config=ocp.args.JsonSave(checkpoint.comparable(tiny()))
+      ),
+    )
+  other = tiny('advprop', **{'lars.peak': 3.0, 'model.filters': 8})
+  with pytest.raises(ValueError, match='belongs to one config') as error:
+    train.train(other, tmp_path)
+  lines = str(error.value).splitlines()
+  assert lines[1:-1] == [
+    '  lars.peak: given 3.0, stored 8.0',
+    "  method: given 'advprop', stored 'conadv'",
+    '  model.filters: given 8, stored 4',
+  ]
+  assert 'step 7' in lines[0]
+  assert '--workdir=' in lines[-1]
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
+  config = tiny(**{'lars.peak': 1e30, 'run.checkpoint_every': 1})
+  with pytest.raises(FloatingPointError, match=r'At step 2.*lars\.peak'):
+    train.train(config, tmp_path)
+  # The first step of a warm-up has rate 0.
+  assert steps_saved(tmp_path) == [1]
+  state, _ = saved(tmp_path, 1)
+  for leaf in jax.tree.leaves(state['params']):
+    assert np.isfinite(leaf).all()
+  assert [float(row['step']) for row in read_csv(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    (
+      'method',
+      'conadv-reuse',
+      'must be one of vanilla, advprop, conadv, conadv_reuse. Given '
+      "'conadv-reuse'.*--config.method=conadv_reuse",
+    ),
+    ('data.crop', 'random', '--config.data.crop=random_resized'),
+    ('model.block', 'bottle', '--config.model.block=bottleneck'),
+  ],
+)
+def test_a_choice_that_does_not_exist(field, value, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    train.train(tiny(**{field: value}), tmp_path)
+
+
+def write_jpegs(folder, train_count, held_out_count):
+  rng = np.random.default_rng(0)
+  for split, count in (('train', train_count), ('test', held_out_count)):
+    for name in ('cat', 'dog'):
+      (folder / split / name).mkdir(parents=True)
+      for index in range(count):
+        pixels = rng.integers(256, size=(24, 30, 3), dtype=np.uint8)
+        path = folder / split / name / f'{index}.jpg'
+        Image.fromarray(pixels).save(path)
+
+
+def jpegs(folder, **overrides):
+  config = jpeg_folder.get_config()
+  config.update_from_flattened_dict(
+    {
+      'data.folder': str(folder),
+      'data.size': 16,
+      'batch_size': BATCH,
+      'epochs': 1.5,
+      'lars.warmup_epochs': 0.5,
+      'model.stage_sizes': (1,),
+      'model.filters': 4,
+      **overrides,
+    }
+  )
+  return config
+
+
+@pytest.mark.parametrize('crop', ['pad', 'random_resized'])
+def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
+  write_jpegs(tmp_path, 16, 10)
+  for name in ('train/cat/3.jpg', 'test/dog/5.jpg'):
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-200])
+  config = jpegs(tmp_path, **{'data.crop': crop})
+  final = train.train(config, tmp_path / 'work')
+  assert final['step'] == 3
+  assert final['held_out_images'] == 19
+  assert final['skipped'] == 1
+  assert final['held_out_skipped'] == 1
+  out = capsys.readouterr().out
+  assert f'Skipped {tmp_path}/train/cat/3.jpg: ' in out
+  assert f'Skipped {tmp_path}/test/dog/5.jpg: ' in out
+
+
+def test_a_folder_of_jpegs_stops_at_an_unreadable_one(tmp_path):
+  write_jpegs(tmp_path, 16, 10)
+  path = tmp_path / 'train' / 'cat' / '3.jpg'
+  path.write_bytes(path.read_bytes()[:-200])
+  config = jpegs(tmp_path, **{'data.on_bad_image': 'stop'})
+  with pytest.raises(ValueError, match=r'cat/3\.jpg is not'):
+    train.train(config, tmp_path / 'work')
+
+
+def run_main(*flags, folder):
+  root = Path(train.__file__).parents[1]
+  return subprocess.run(
+    [sys.executable, '-m', 'reference.main', *flags],
+    cwd=folder,
+    env={**os.environ, 'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
+  result = run_main(
+    '--config.method=vanilla',
+    '--config.epochs=0.08',
+    '--config.lars.warmup_epochs=0.0',
+    '--config.batch_size=96',
+    '--config.model.stage_sizes=(1,)',
+    folder=tmp_path,
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'digits, vanilla: 1437 training' in result.stdout
+  assert 'batches of 96 on 1 cpu' in result.stdout
+  assert steps_saved(tmp_path / 'runs' / 'digits_vanilla') == [2]
+
+
+def test_an_argument_without_dashes_is_refused(tmp_path):
+  result = run_main('config.method=conadv', folder=tmp_path)
+  assert result.returncode != 0
+  assert '--config.method=conadv' in result.stdout + result.stderr
