@@ -54,3 +54,20 @@ def make_batch(seed, size=16, features=5):
     'image': jnp.asarray(rng.normal(size=(size, features)), jnp.float32),
     'label': jnp.asarray(rng.integers(CLASSES, size=size), jnp.int32),
   }
+
+
+def naive_attack(norm, shared, batch, *, epsilon, steps=1):
+  """L-infinity PGD from the clean input, in the norm of one branch."""
+
+  def loss(x):
+    value, _ = loss_fn(
+      {**shared, 'norm': norm}, init_model()[1], {**batch, 'image': x}
+    )
+    return value
+
+  x = clean = np.asarray(batch['image'])
+  size = epsilon if steps == 1 else 2.5 * epsilon / steps
+  for _ in range(steps):
+    gradient = np.asarray(jax.grad(loss)(jnp.asarray(x)))
+    x = np.clip(x + size * np.sign(gradient), clean - epsilon, clean + epsilon)
+  return {**batch, 'image': jnp.asarray(x, jnp.float32)}
