@@ -14,13 +14,14 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conadv_optax._balls import BALLS, Norm, round_towards
 from conadv_optax._numeric import (
   at_least_float32,
   check_not_negative,
@@ -32,7 +33,6 @@ from conadv_optax._paths import leaf as _leaf
 from conadv_optax._types import Attack, Batch
 
 Targets = Callable[[chex.PRNGKey, Batch], Batch]
-Norm = Literal['linf', 'l2']
 
 
 def pgd(
@@ -103,7 +103,7 @@ def pgd(
     Madry et al., `Towards Deep Learning Models Resistant to Adversarial
     Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
   """
-  if norm not in ('linf', 'l2'):
+  if norm not in BALLS:
     raise ValueError(f"`norm` must be 'linf' or 'l2'. Given norm={norm!r}.")
   if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
     raise ValueError(
@@ -119,15 +119,11 @@ def pgd(
   _check_probability(start_from_clean)
   _check_bounds(bounds)
   sign = 1.0 if targets is None else -1.0
-  in_ball, direction, draw = (
-    (_clip_linf, jnp.sign, _draw_linf)
-    if norm == 'linf'
-    else (_clip_l2, _unit, _draw_l2)
-  )
+  ball = BALLS[norm]
 
   def project(perturbed: chex.Array, inputs: chex.Array) -> chex.Array:
     radius = _broadcast('epsilon', epsilon, inputs)
-    perturbed = in_ball(perturbed, inputs, radius)
+    perturbed = ball.project(perturbed, inputs, radius)
     if bounds is None:
       return perturbed
     low = _broadcast('bounds[0]', bounds[0], inputs)
@@ -140,12 +136,12 @@ def pgd(
     size = _broadcast(size_comes_from, step_size, inputs)
     # In an ellipsoid the steepest direction is that of the scaled gradient.
     scaled = gradient if norm == 'linf' else gradient * size
-    return project(perturbed + sign * size * direction(scaled), inputs)
+    return project(perturbed + sign * size * ball.direction(scaled), inputs)
 
   def start(key: chex.PRNGKey, inputs: chex.Array) -> chex.Array:
     coin_key, noise_key = jax.random.split(key)
     radius = _broadcast('epsilon', epsilon, inputs)
-    noise = radius * draw(noise_key, inputs)
+    noise = radius * ball.draw(noise_key, inputs)
     from_clean = jax.random.bernoulli(coin_key, start_from_clean)
     return project(inputs + jnp.where(from_clean, 0.0, noise), inputs)
 
@@ -166,11 +162,11 @@ def pgd(
       perturbed = advance(0, perturbed)
     else:
       perturbed = jax.lax.fori_loop(0, steps, advance, perturbed)
-    return _round_towards(perturbed, clean, inputs.dtype)
+    return round_towards(perturbed, clean, inputs.dtype)
 
   def reuse(gradient: chex.Array, inputs: chex.Array) -> chex.Array:
     clean = at_least_float32(inputs)
-    return _round_towards(step(gradient, clean, clean), clean, inputs.dtype)
+    return round_towards(step(gradient, clean, clean), clean, inputs.dtype)
 
   one_gradient_is_enough = steps == 1 and not random_start and targets is None
   return Attack(
@@ -403,63 +399,3 @@ def _broadcast(name: str, value: Any, inputs: chex.Array) -> chex.Array:
       f'input of {describe(inputs)}. One value a channel has the shape '
       f'({inputs.shape[-1] if inputs.ndim else ""},), channels last.'
     ) from error
-
-
-def _clip_linf(
-  perturbed: chex.Array, inputs: chex.Array, radius: chex.Array
-) -> chex.Array:
-  return jnp.clip(perturbed, inputs - radius, inputs + radius)
-
-
-def _clip_l2(
-  perturbed: chex.Array, inputs: chex.Array, radius: chex.Array
-) -> chex.Array:
-  delta = perturbed - inputs
-  # Where the radius is 0 nothing moves; elsewhere measure in radii.
-  length = _norm(
-    jnp.where(radius > 0, delta / jnp.where(radius > 0, radius, 1.0), 0.0)
-  )
-  inside = jnp.where(radius > 0, delta, 0.0) / jnp.maximum(length, 1.0)
-  return inputs + inside
-
-
-def _example_axes(x: chex.Array) -> tuple[int, ...]:
-  return tuple(range(1, x.ndim))
-
-
-def _norm(x: chex.Array) -> chex.Array:
-  """L2 norm of each example, its axes kept; safe from under- and overflow."""
-  largest = jnp.max(jnp.abs(x), axis=_example_axes(x), keepdims=True)
-  scale = jnp.where(largest > 0, largest, 1.0)
-  squares = jnp.sum((x / scale) ** 2, axis=_example_axes(x), keepdims=True)
-  return scale * jnp.sqrt(squares)
-
-
-def _unit(x: chex.Array) -> chex.Array:
-  """Each example over its norm; zero where the norm is."""
-  length = _norm(x)
-  return jnp.where(length > 0, x / jnp.where(length > 0, length, 1.0), 0.0)
-
-
-def _draw_linf(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
-  return jax.random.uniform(key, like.shape, like.dtype, -1.0, 1.0)
-
-
-def _draw_l2(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
-  """Uniform in the unit ball: a uniform direction, and u^(1/n) for length."""
-  direction_key, length_key = jax.random.split(key)
-  direction = _unit(jax.random.normal(direction_key, like.shape, like.dtype))
-  shape = like.shape[:1] + (1,) * (like.ndim - 1)
-  size = max(1, like.size // max(1, like.shape[0] if like.ndim else 1))
-  u = jax.random.uniform(length_key, shape, like.dtype)
-  return direction * u ** (1.0 / size)
-
-
-def _round_towards(x: chex.Array, clean: chex.Array, dtype: Any) -> chex.Array:
-  """`x` in `dtype`, never further from `clean` than `x` is."""
-  rounded = x.astype(dtype)
-  if dtype == x.dtype:
-    return rounded
-  too_far = jnp.abs(rounded.astype(x.dtype) - clean) > jnp.abs(x - clean)
-  nearer = jnp.nextafter(rounded, clean.astype(dtype))
-  return jnp.where(too_far, nearer, rounded)

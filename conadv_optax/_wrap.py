@@ -86,7 +86,8 @@ def wrap(
       `(loss, model_state)`; `has_aux` and `has_key` change it as below. It sees
       the ordinary trees of one branch.
     staleness: :math:`\tau`, how many steps old the parameters of an attack
-      are. 0 attacks the batch that is trained on, then trains.
+      are. 0 attacks the batch that is trained on, then trains; give the attack
+      `random_targets` then, or it leaks the labels through batch statistics.
     attack: how the inputs are perturbed, in their units. None is `pgd` with one
       step of the largest published run's radius, 18/255 in units of inputs
       normalised to mean 0 and standard deviation 1 (with a random start unless
@@ -103,7 +104,8 @@ def wrap(
       `inputs`.
     adversarial_fraction: the share :math:`p` of each batch to attack: its
       first `int(p * batch)` examples, at least one. The adversarial loss is
-      the mean over those.
+      the mean over those. Of a batch that `jit` spreads over devices the first
+      part lies on the first of them; `data_parallel` takes a part of each.
     reuse_gradient: take the attack's gradient from the training pass.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
