@@ -355,6 +355,10 @@ def normalized(
     >>> chex.assert_trees_all_close(epsilon, 16 / 255)
     >>> chex.assert_trees_all_close(bounds, (-1., 1.))
     >>> attack = conadv.pgd(epsilon, bounds=bounds)
+
+  References:
+    Madry et al., `Towards Deep Learning Models Resistant to Adversarial
+    Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
   """
   check_not_negative('epsilon', epsilon)
   spread = concrete(std)

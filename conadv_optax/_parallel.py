@@ -33,7 +33,10 @@ def data_parallel(
 
   The calls keep their form. Every leaf of a batch is split along its leading
   axis; the queue is split like the batch, and parameters and model state are
-  the same on all devices. Each device folds its index into the key.
+  the same on all devices. Each device folds its index into the key. Put the
+  parameters on all devices before the first step,
+  `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`, or the second
+  step compiles again.
 
   Args:
     grad_fn: what `conadv.wrap` returned.

@@ -67,7 +67,8 @@ def split(
   The new branches start as copies of the main one. The whole model state is
   split. Of the parameters only those of norm layers are: the ones whose module
   also has an entry in `model_state`. All others stay shared. This covers Flax
-  Linen, Flax NNX and Haiku.
+  Linen, Flax NNX and Haiku. Where a module, the model's root say, keeps state
+  beside parameters that are no norm's, `is_norm` tells them apart.
 
   Args:
     params: parameters of the model, any shapes and dtypes.
@@ -140,7 +141,7 @@ def split(
       'A norm layer is recognised by an entry of `model_state` at the path of '
       f'its parameters, and none of the {len(paths)} parameters (the first: '
       f'{paths[:3]}) has one. If the norm layers keep no state, say which they '
-      "are: `split(..., is_norm=lambda path, leaf: 'norm' in path[-2])`; if "
+      "are: `split(..., is_norm=lambda path, leaf: 'norm' in str(path))`; if "
       'they have no scale and bias, `split(..., affine=False)`.'
     )
   own = jax.tree.map(

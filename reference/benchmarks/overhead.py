@@ -241,11 +241,16 @@ def hand_written(model: models.ResNet, variables: Any, batch: Any) -> Program:
 def take_turns(
   programs: dict[str, Program], batch: Any
 ) -> dict[str, list[float]]:
-  """Seconds of each call; the first round warms up and is not counted."""
+  """Seconds of each call; the first round warms up and is not counted.
+
+  Each round has an order of its own, so that none always follows the same.
+  """
+  rng = np.random.default_rng(0)
   carries = {name: program.carry for name, program in programs.items()}
   seconds: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(_ROUNDS.value + 1):
-    for name, program in programs.items():
+    for name in rng.permutation(list(programs)):
+      program = programs[name]
       start = time.perf_counter()
       carries[name], loss = jax.block_until_ready(
         program.step(carries[name], batch)

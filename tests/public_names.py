@@ -1,0 +1,257 @@
+"""Every public name, what kind of thing it is, and arguments to call it with.
+
+The names are found, not listed. Only the examples are: a public function
+without one fails `test_contract.py`, so that none can be forgotten.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import conadv_optax as conadv
+from conadv_optax._attacks import Targets
+
+
+def plain_loss(params, batch):
+  """A regression with one hidden layer."""
+  dtype = params['head']['kernel'].dtype
+  hidden = batch['x'].astype(dtype) @ params['dense']['kernel']
+  hidden = jnp.tanh(hidden * params['norm']['scale'][None])
+  output = (hidden @ params['head']['kernel'])[:, 0]
+  return jnp.mean((output - batch['y'].astype(dtype)) ** 2)
+
+
+def full_loss(params, model_state, batch, *, key):
+  """The same with batch statistics, noise and an output of its own."""
+  dtype = params['head']['kernel'].dtype
+  hidden = batch['x'].astype(dtype) @ params['dense']['kernel']
+  mean = jnp.mean(hidden, axis=0)
+  old = model_state['norm']
+  new_state = {
+    'norm': {
+      'calls': old['calls'] + 1,
+      'mean': 0.9 * old['mean'] + 0.1 * mean.astype(jnp.float32),
+    }
+  }
+  hidden = (hidden - mean[None]) * params['norm']['scale'][None]
+  hidden += 0.01 * jax.random.normal(key, hidden.shape, dtype)
+  output = (jnp.tanh(hidden) @ params['head']['kernel'])[:, 0]
+  loss = jnp.mean((output - batch['y'].astype(dtype)) ** 2)
+  return loss, (new_state, {'output': output, 'mean': jnp.mean(output)})
+
+
+def make_params(dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 2)
+  return {
+    'dense': {'kernel': jax.random.normal(keys[0], (3, 4), dtype)},
+    'head': {'kernel': jax.random.normal(keys[1], (4, 1), dtype)},
+    'norm': {'scale': jnp.ones(4, dtype)},
+  }
+
+
+def make_model_state():
+  return {'norm': {'calls': jnp.zeros([], jnp.int32), 'mean': jnp.zeros(4)}}
+
+
+def make_batch(seed, dtype=jnp.float32, size=8):
+  keys = jax.random.split(jax.random.key(100 + seed), 2)
+  x = jax.random.normal(keys[0], (size, 3), dtype)
+  noise = 0.1 * jax.random.normal(keys[1], (size, 3), dtype)
+  y = 3 * jnp.tanh(x[:, 0] - x[:, 1]).astype(jnp.float32)
+  return {'x': x, 'x_augmented': x + noise, 'y': y}
+
+
+_WRAPS: dict[str, dict[str, Any]] = {
+  'staleness-0': {'staleness': 0},
+  'staleness-1': {'staleness': 1},
+  'staleness-3': {'staleness': 3},
+  'reuse_gradient': {'reuse_gradient': True, 'attack': conadv.fgsm(0.1)},
+  'fraction': {'adversarial_fraction': 0.5, 'staleness': 1},
+  'everything': {
+    'loss_fn': full_loss,
+    'staleness': 2,
+    'attack': conadv.pgd(0.1, steps=2),
+    'weights': {'main': 0.5, 'adversarial': 0.3, 'augmented': 0.2},
+    'extra_branches': {'augmented': 'x_augmented'},
+    'has_state': True,
+    'has_aux': True,
+    'has_key': True,
+  },
+}
+_WRAPS = {
+  form: {'loss_fn': plain_loss, 'inputs': 'x', **arguments}
+  for form, arguments in _WRAPS.items()
+}
+_LARS = {'learning_rate': 0.5, 'weight_decay': 1e-3, 'trust_coefficient': 0.1}
+_TREE = conadv.dual_bn.Branched(
+  {'kernel': jnp.ones((2, 2)), 'scale': jnp.ones(2)},
+  {'adversarial': {'kernel': None, 'scale': jnp.zeros(2)}},
+)
+
+EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+  'data_parallel': {
+    f'{form}-{axis_type.name.lower()}': {
+      'grad_fn': _WRAPS[form],
+      'mesh': jax.make_mesh(
+        (2,), ('data',), (axis_type,), devices=jax.devices()[:2]
+      ),
+    }
+    for form, axis_type in {
+      'staleness-0': AxisType.Auto,
+      'staleness-3': AxisType.Auto,
+      'reuse_gradient': AxisType.Explicit,
+      'fraction': AxisType.Explicit,
+      'everything': AxisType.Auto,
+    }.items()
+  },
+  'dual_bn.main': {'branched': {'tree': _TREE}},
+  'dual_bn.replace': {
+    'adversarial': {
+      'tree': _TREE,
+      'branch': 'adversarial',
+      'new': {'kernel': jnp.ones((2, 2)), 'scale': jnp.full(2, 3.0)},
+    }
+  },
+  'dual_bn.select': {
+    'adversarial': {'tree': _TREE, 'branch': 'adversarial'},
+    'main': {'tree': _TREE, 'branch': 'main'},
+  },
+  'dual_bn.split': {
+    'model': {'params': make_params(), 'model_state': make_model_state()}
+  },
+  'exclude_norm_and_bias': {
+    'model': {'params': make_params()},
+    'state': {'params': make_params(), 'model_state': make_model_state()},
+    'branched': {'params': _TREE},
+  },
+  'fast_fgsm': {
+    'default': {'epsilon': 0.1},
+    'bounds': {'epsilon': 0.1, 'bounds': (-1.0, 1.0)},
+  },
+  'fgsm': {
+    'default': {'epsilon': 0.1},
+    'l2': {'epsilon': 0.1, 'norm': 'l2', 'bounds': (-1.0, 1.0)},
+  },
+  'lars': {
+    'separate-scaled': _LARS,
+    'joint-scaled-all': {**_LARS, 'trust_ratio': 'joint', 'mask': True},
+    'separate-raw-nesterov': {
+      **_LARS,
+      'momentum_over': 'raw',
+      'nesterov': True,
+    },
+    'joint-raw-limited': {
+      **_LARS,
+      'trust_ratio': 'joint',
+      'momentum_over': 'raw',
+      'eps': 1e-3,
+      'max_trust_ratio': 0.1,
+    },
+  },
+  'legw': {
+    'default': {
+      'base_peak': 1.0,
+      'base_warmup_epochs': 1.0,
+      'base_batch': 10,
+      'batch': 40,
+      'num_examples': 100,
+      'epochs': 10.0,
+    }
+  },
+  'normalized': {
+    'scalar': {'epsilon': 0.1, 'mean': 0.5, 'std': 0.5},
+    'channels': {'epsilon': 0.1, 'mean': jnp.zeros(3), 'std': jnp.ones(3)},
+  },
+  'pgd': {
+    'default': {'epsilon': 0.1},
+    'l2': {'epsilon': 0.1, 'norm': 'l2', 'steps': 3, 'start_from_clean': 0.2},
+    'from-clean': {'epsilon': 0.1, 'steps': 2, 'random_start': False},
+  },
+  'polynomial_warmup': {
+    'warmup': {'peak': 8.0, 'warmup_steps': 5, 'total_steps': 20},
+    'no-warmup': {'peak': 8.0, 'warmup_steps': 0, 'total_steps': 20},
+  },
+  'random_targets': {
+    'default': {'num_classes': 5},
+    'renamed': {'num_classes': 2, 'label': 'y'},
+  },
+  'scale_learning_rate': {
+    'linear': {'base': 0.1, 'base_batch': 256, 'batch': 1024},
+    'sqrt': {'base': 0.1, 'base_batch': 256, 'batch': 64, 'rule': 'sqrt'},
+  },
+  'wrap': _WRAPS,
+}
+
+
+def public_names(module: types.ModuleType = conadv, prefix: str = '') -> dict:
+  """Every public name by its path, modules entered."""
+  names = {}
+  for name in module.__all__:
+    value = getattr(module, name)
+    names[prefix + name] = value
+    if inspect.ismodule(value):
+      names |= public_names(value, f'{prefix}{name}.')
+  return names
+
+
+def public_functions() -> dict[str, Callable[..., Any]]:
+  return {k: v for k, v in public_names().items() if inspect.isroutine(v)}
+
+
+def kind(function: Callable[..., Any]) -> str:
+  """What a public function makes, by its return annotation."""
+  returned = typing.get_type_hints(function).get('return')
+  for made, name in (
+    (optax.GradientTransformation, 'optimizer'),
+    (conadv.GradientFunction, 'gradient'),
+    (conadv.Attack, 'attack'),
+  ):
+    if inspect.isclass(returned) and issubclass(returned, made):
+      return name
+  return {
+    optax.Schedule: 'schedule',
+    float: 'schedule',
+    Targets: 'targets',
+  }.get(returned, 'helper')
+
+
+class Case(NamedTuple):
+  """A public function with example arguments."""
+
+  function: Callable[..., Any]
+  arguments: dict[str, Any]
+
+  def make(self, **overrides: Any) -> Any:
+    """Calls the function; a wrapper of gradients gets one to wrap."""
+    if 'grad_fn' not in self.arguments:
+      return self.function(**{**self.arguments, **overrides})
+    inner = conadv.wrap(**{**self.arguments['grad_fn'], **overrides})
+    return self.function(**{**self.arguments, 'grad_fn': inner})
+
+
+def cases(wanted: str, *, forms: tuple[str, ...] = ('',)) -> list[Any]:
+  """The cases of all public functions of a kind, as test parameters.
+
+  Args:
+    wanted: the kind.
+    forms: what the name of a form must start with, where a check is too slow
+      for all of them.
+
+  Returns:
+    A list for `pytest.mark.parametrize`.
+  """
+  return [
+    pytest.param(Case(function, arguments), id=f'{name}-{form}')
+    for name, function in public_functions().items()
+    if kind(function) == wanted
+    for form, arguments in EXAMPLES.get(name, {}).items()
+    if form.startswith(forms)
+  ]

@@ -1,0 +1,272 @@
+"""Flax Linen: a CNN with BatchNorm, and a transformer with dropout.
+
+The two `train_` functions are complete programs.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+from model_checks import (
+  CLASSES,
+  MOMENTUM,
+  check_falls,
+  check_gradients,
+  check_statistics,
+  convolve,
+  make_images,
+  moments,
+)
+
+import conadv_optax as conadv
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+class CNN(nn.Module):
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Conv(8, (3, 3), use_bias=False)(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
+    x = nn.relu(x)
+    return nn.Dense(CLASSES)(x.reshape(x.shape[0], -1))
+
+
+class TrainState(train_state.TrainState):
+  batch_stats: Any
+  conadv: conadv.ConAdvState
+
+
+def cnn_loss(params, batch_stats, batch):
+  logits, updates = CNN().apply(
+    {'params': params, 'batch_stats': batch_stats},
+    batch['image'],
+    train=True,
+    mutable=['batch_stats'],
+  )
+  loss = jnp.mean(cross_entropy(logits, batch['label']))
+  return loss, updates['batch_stats']
+
+
+def init_cnn(image):
+  variables = CNN().init(jax.random.key(0), image, train=False)
+  return conadv.dual_bn.split(variables['params'], variables['batch_stats'])
+
+
+def train_cnn(batches, steps):
+  """The ordinary program of Flax, three lines changed."""
+  params, batch_stats = init_cnn(batches[0]['image'])
+  grad_fn = conadv.wrap(
+    cnn_loss, staleness=1, attack=conadv.pgd(0.2), has_state=True
+  )
+  state = TrainState.create(
+    apply_fn=CNN().apply,
+    params=params,
+    tx=conadv.lars(0.5, weight_decay=1e-4, trust_coefficient=0.05),
+    batch_stats=batch_stats,
+    conadv=grad_fn.init(
+      params, batches[:1], model_state=batch_stats, key=jax.random.key(1)
+    ),
+  )
+
+  @jax.jit(donate_argnums=0)
+  def train_step(state, batch, key):
+    (_, aux), grads, conadv_state = grad_fn.value_and_grad(
+      state.params,
+      state.conadv,
+      batch,
+      model_state=state.batch_stats,
+      key=jax.random.fold_in(key, state.step),
+    )
+    state = state.apply_gradients(
+      grads=grads, batch_stats=aux.model_state, conadv=conadv_state
+    )
+    return state, aux.losses
+
+  losses = []
+  for step in range(1, steps + 1):
+    batch = batches[step % len(batches)]
+    state, loss = train_step(state, batch, jax.random.key(2))
+    losses.append(jax.device_get(loss))
+  return state, losses
+
+
+def test_cnn_trains_and_its_main_branch_evaluates():
+  state, losses = train_cnn([make_images(seed) for seed in range(4)], 30)
+  check_falls(losses, by=0.5)
+  variables = {
+    'params': conadv.dual_bn.main(state.params),
+    'batch_stats': conadv.dual_bn.main(state.batch_stats),
+  }
+  test = make_images(99)
+  plain = CNN().init(jax.random.key(0), test['image'], train=False)
+  chex.assert_trees_all_equal_shapes_and_dtypes(variables, dict(plain))
+  # An evaluation model has no train mode to fall back on.
+  logits = state.apply_fn(variables, test['image'], train=False)
+  assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
+
+
+def test_cnn_statistics_are_those_of_each_branch():
+  batches = [make_images(seed) for seed in range(4)]
+  params, batch_stats = init_cnn(batches[0]['image'])
+  check_statistics(
+    conadv.wrap(cnn_loss, attack=conadv.pgd(0.5), has_state=True),
+    params,
+    batch_stats,
+    batches,
+    lambda params, image: moments(convolve(image, params['Conv_0']['kernel'])),
+    lambda stats: (stats['BatchNorm_0']['mean'], stats['BatchNorm_0']['var']),
+  )
+
+
+def test_cnn_gradients_are_those_of_each_branch():
+  batch = make_images(0)
+  params, batch_stats = init_cnn(batch['image'])
+  assert sorted(
+    name
+    for name, leaves in params.branches['adversarial'].items()
+    if jax.tree.leaves(leaves)
+  ) == ['BatchNorm_0']
+  check_gradients(
+    lambda weights: conadv.wrap(
+      cnn_loss, attack=conadv.pgd(0.5), has_state=True, weights=weights
+    ),
+    params,
+    batch_stats,
+    batch,
+    jax.random.key(0),
+  )
+
+
+class Transformer(nn.Module):
+  """One block; the inputs are patches, already floats."""
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    dropout = functools.partial(nn.Dropout, 0.1, deterministic=not train)
+    x = nn.Dense(16)(x)
+    x += self.param('position', nn.initializers.normal(0.1), x.shape[1:])[None]
+    y = nn.LayerNorm()(x)
+    x += dropout()(nn.MultiHeadDotProductAttention(2, deterministic=True)(y))
+    y = nn.Dense(32)(nn.LayerNorm()(x))
+    x += dropout()(nn.Dense(16)(nn.gelu(y)))
+    return nn.Dense(CLASSES)(jnp.mean(nn.LayerNorm()(x), axis=1))
+
+
+def patches_of(batch):
+  """4 x 4 patches in reading order, as `[batch, patch, pixel]`."""
+  image = batch['image']
+  size, side = image.shape[:2]
+  patches = image.reshape(size, side // 4, 4, side // 4, 4)
+  patches = patches.transpose(0, 1, 3, 2, 4).reshape(size, -1, 16)
+  return {'patches': patches, 'label': batch['label']}
+
+
+def transformer_loss(params, batch, *, key):
+  logits = Transformer().apply(
+    {'params': params}, batch['patches'], train=True, rngs={'dropout': key}
+  )
+  return jnp.mean(cross_entropy(logits, batch['label']))
+
+
+def train_transformer(batches, steps):
+  """No state to carry: `params` are ordinary, and `loss_fn` takes a key."""
+  params = Transformer().init(
+    jax.random.key(0), batches[0]['patches'], train=False
+  )['params']
+  grad_fn = conadv.wrap(
+    transformer_loss,
+    staleness=2,
+    attack=conadv.pgd(0.2),
+    inputs='patches',
+    has_key=True,
+  )
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+  state = grad_fn.init(params, batches[:2], key=jax.random.key(1))
+
+  @jax.jit
+  def train_step(params, opt_state, state, batch, key):
+    (_, aux), grads, state = grad_fn.value_and_grad(
+      params, state, batch, key=key
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, state, aux.losses
+
+  opt_state, losses = tx.init(params), []
+  for step in range(steps):
+    key = jax.random.fold_in(jax.random.key(2), step)
+    batch = batches[(step + 2) % len(batches)]
+    params, opt_state, state, loss = train_step(
+      params, opt_state, state, batch, key
+    )
+    losses.append(jax.device_get(loss))
+  return params, losses
+
+
+# Adam of optax divides by a power of an integer count.
+@jax.numpy_dtype_promotion('standard')
+def test_transformer_trains_without_state():
+  batches = [patches_of(make_images(seed)) for seed in range(4)]
+  params, losses = train_transformer(batches, 40)
+  check_falls(losses, by=0.5)
+  test = patches_of(make_images(99))
+  logits = Transformer().apply({'params': params}, test['patches'], train=False)
+  assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
+
+
+def test_transformer_draws_dropout_from_the_key():
+  batch = patches_of(make_images(0))
+  params = Transformer().init(jax.random.key(0), batch['patches'], train=False)[
+    'params'
+  ]
+  grad_fn = conadv.wrap(
+    transformer_loss,
+    staleness=0,
+    attack=conadv.fgsm(0.0),
+    inputs='patches',
+    has_key=True,
+  )
+  step = jax.jit(
+    lambda key: grad_fn.value_and_grad(
+      params, grad_fn.init(params, []), batch, key=key
+    )[0]
+  )
+  _, aux = step(jax.random.key(0))
+  chex.assert_trees_all_equal(step(jax.random.key(0))[1], aux)
+  assert step(jax.random.key(1))[1].losses['main'] != aux.losses['main']
+  # The passes differ in nothing but the units that they drop.
+  assert aux.losses['main'] != aux.losses['adversarial']
+  with pytest.raises(ValueError, match='key='):
+    grad_fn.value_and_grad(params, grad_fn.init(params, []), batch)
+
+
+def test_transformer_layer_norms_can_be_branched_by_a_predicate():
+  batch = patches_of(make_images(0))
+  params = Transformer().init(jax.random.key(0), batch['patches'], train=False)[
+    'params'
+  ]
+  params, nothing = conadv.dual_bn.split(
+    params, None, is_norm=lambda path, leaf: 'LayerNorm' in str(path)
+  )
+  assert nothing is None
+  check_gradients(
+    lambda weights: conadv.wrap(
+      transformer_loss,
+      attack=conadv.pgd(0.5),
+      inputs='patches',
+      has_key=True,
+      weights=weights,
+    ),
+    params,
+    None,
+    batch,
+    jax.random.key(0),
+  )
