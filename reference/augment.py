@@ -74,4 +74,8 @@ def random_resized_crop(
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Mirrors left and right with probability 1/2."""
-  return image[:, ::-1] if rng.random() < 0.5 else image
+  if rng.random() >= 0.5:
+    return image
+  # Not a view with a negative stride, which every later copy pays for; OpenCV
+  # drops the axis of a single channel.
+  return cv2.flip(image, 1).reshape(image.shape)

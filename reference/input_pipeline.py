@@ -8,7 +8,7 @@ the device. Few threads and a short buffer read faster than Grain's defaults of
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from reference import augment, jpeg, sources
+from reference import augment, autoaugment, jpeg, sources
 
 Element = dict[str, Any]
 # Unreadable images by path, with the reason. Several threads write to it.
@@ -64,12 +64,21 @@ def _train_element(
   rng: np.random.Generator,
   *,
   config: ml_collections.ConfigDict,
+  images: Sequence[str],
 ) -> Element:
-  image, label = record
-  image = TRAIN_CROPS[config.crop](image, config.size, rng)
-  if config.flip:
-    image = augment.flip(image, rng)
-  return {'image': image, 'label': np.int32(label)}
+  """One crop for each of `images`, in turn, all of the same decoded pixels."""
+  pixels, label = record
+  element: Element = {'label': np.int32(label)}
+  for name in images:
+    image = TRAIN_CROPS[config.crop](pixels, config.size, rng)
+    if config.flip:
+      image = augment.flip(image, rng)
+    if name == 'image_augmented':
+      image = autoaugment.auto_augment(
+        image, rng, level_factor=config.level_factor
+      )
+    element[name] = image
+  return element
 
 
 def _eval_element(
@@ -92,6 +101,7 @@ def train_batches(
   config: ml_collections.ConfigDict,
   *,
   skipped: Skipped,
+  images: Sequence[str] = ('image',),
 ) -> grain.DatasetIterator:
   """Endless training batches.
 
@@ -99,10 +109,13 @@ def train_batches(
     source: where the images are.
     config: of the run; its seed and the epoch decide all randomness.
     skipped: receives the unreadable images.
+    images: what to make of each, by name: 'image', a random crop, perhaps
+      flipped; 'image_augmented', another one of the same JPEG, to which
+      AutoAugment is applied.
 
   Returns:
-    An iterator, whose state can be saved, over `{'image': uint8 (B, H, W, C),
-    'label': int32 (B,)}`.
+    An iterator, whose state can be saved, over `{'label': int32 (B,)}` and the
+    images by name, uint8 (B, H, W, C).
   """
   read = functools.partial(
     _read,
@@ -117,7 +130,9 @@ def train_batches(
     .shuffle()
     .repeat()
     .map(read)
-    .random_map(functools.partial(_train_element, config=config.data))
+    .random_map(
+      functools.partial(_train_element, config=config.data, images=images)
+    )
     .to_iter_dataset(_read_options(config))
     .batch(config.batch_size)
   )

@@ -1,16 +1,21 @@
 """Which images there are: the records that the input pipeline reads."""
 
+import bisect
+import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import ml_collections
 import numpy as np
 from sklearn import datasets, model_selection
 
-from reference import jpeg
+from reference import jpeg, shards
 
-_EXTENSIONS = ('.jpg', '.jpeg')
+EXTENSIONS = ('.jpg', '.jpeg')
 _DIGITS_HELD_OUT = 360
 
 
@@ -65,7 +70,7 @@ def _split_records(folder: str, classes: list[str]) -> list[tuple[str, int]]:
     files = sorted(
       file
       for file in os.listdir(class_folder)
-      if file.lower().endswith(_EXTENSIONS)
+      if file.lower().endswith(EXTENSIONS)
     )
     if not files:
       raise ValueError(
@@ -102,7 +107,8 @@ def jpeg_folder(folder: str) -> Source:
       f'same form. Given {folder!r}, in which '
       f'{"no val/ or test/" if os.path.isdir(train) else "no train/"} is. '
       'Likely the path is one level off: '
-      '`--config.data.folder=/path/to/the/folder/that/holds/train`.'
+      '`--config.data.folder=/path/to/the/folder/that/holds/train`, or '
+      '`--source=` of prepare_data.'
     )
   classes, held_out_classes = _folders(train), _folders(found[0])
   if not classes:
@@ -128,6 +134,63 @@ def jpeg_folder(folder: str) -> Source:
   )
 
 
+def _read_record(
+  index: int,
+  *,
+  records: grain.sources.ArrayRecordDataSource,
+  paths: Sequence[Path],
+  starts: Sequence[int],
+) -> tuple[np.ndarray, int]:
+  data, label = shards.unpack(records[index])
+  shard = bisect.bisect(starts, index) - 1
+  # Damage is named by where it is, as shards hold no file names.
+  return jpeg.decode(data, f'{paths[shard]}[{index - starts[shard]}]'), label
+
+
+def array_record(folder: str) -> Source:
+  """The shards that `reference.prepare_data` wrote.
+
+  Records are numbers, those of the held-out images after the training ones.
+
+  Raises:
+    ValueError: when the shards are not complete or one is damaged.
+  """
+  manifest = shards.read_manifest(Path(folder))
+  if manifest is None:
+    raise ValueError(
+      'A folder of shards must hold the manifest that prepare_data writes. '
+      f'Given {folder!r}, which holds none. Likely the path is that of the '
+      f'images: `python -m reference.prepare_data --source={folder} '
+      '--target=/path/to/shards`.'
+    )
+  paths, counts = [], []
+  for split in shards.SPLITS:
+    paths += shards.paths(Path(folder), manifest, split)
+    counts += manifest.counts[split]
+  for path, count in zip(paths, counts, strict=True):
+    found = shards.count_records(path) if path.exists() else None
+    if found != count:
+      state = 'is not there' if found is None else f'holds {found} of {count}'
+      raise ValueError(
+        f'All shards must be there with all their images. {path} {state}. '
+        'Likely their preparation was stopped or the copy broke off: `rm -f '
+        f'{path}`, and run prepare_data with `--target={folder}` again.'
+      )
+  starts = list(itertools.accumulate(counts, initial=0))
+  trained = sum(manifest.counts['train'])
+  return Source(
+    train=range(trained),
+    held_out=range(trained, starts[-1]),
+    read=functools.partial(
+      _read_record,
+      records=grain.sources.ArrayRecordDataSource(paths),
+      paths=paths,
+      starts=starts[:-1],
+    ),
+    num_classes=len(manifest.classes),
+  )
+
+
 def open_source(config: ml_collections.ConfigDict) -> Source:
   """The source that `config.source` names.
 
@@ -136,4 +199,6 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
   """
   if config.source == 'digits':
     return digits()
+  if config.source == 'array_record':
+    return array_record(config.folder)
   return jpeg_folder(config.folder)

@@ -1,4 +1,4 @@
-"""The training step: the loss, the four methods, the update."""
+"""The training step: the loss, the methods, the update."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,12 +15,36 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
+class Method(NamedTuple):
+  """What a method trains on.
+
+  Attributes:
+    images: of a batch, as the input pipeline names them.
+    branches: beside 'main', each with norm layers of its own.
+  """
+
+  images: tuple[str, ...]
+  branches: tuple[str, ...]
+
+
+METHODS = {
+  'vanilla': Method(('image',), ()),
+  'autoaugment': Method(('image_augmented',), ()),
+  'advprop': Method(('image',), ('adversarial',)),
+  'conadv': Method(('image',), ('adversarial',)),
+  'conadv_reuse': Method(('image',), ('adversarial',)),
+  'conadv_autoaugment': Method(
+    ('image', 'image_augmented'), ('adversarial', 'augmented')
+  ),
+}
+
+
 class TrainState(NamedTuple):
   """All that a step changes, and the key that it folds its number into.
 
   Attributes:
     step: int32 scalar, the steps done.
-    params: parameters, float32; `Branched` unless the method is vanilla.
+    params: parameters, float32; `Branched` where the method has branches.
     model_state: BatchNorm statistics, likewise.
     opt_state: of the optimizer.
     conadv_state: the batches that wait for their step.
@@ -39,14 +63,18 @@ def normalize(batch: Batch, config: ml_collections.ConfigDict) -> Batch:
   """Turns images from uint8 into float32 of mean 0 and deviation 1.
 
   Args:
-    batch: holds 'image', uint8 (B, H, W, C).
+    batch: holds 'image', 'image_augmented' or both, uint8 (B, H, W, C).
     config: the `data` part of a config: `mean` and `std` of each channel, for
       pixels in [0, 1].
   """
   mean = jnp.asarray(config.mean, jnp.float32).reshape(1, 1, 1, -1)
   std = jnp.asarray(config.std, jnp.float32).reshape(1, 1, 1, -1)
-  image = batch['image'].astype(jnp.float32) / 255.0
-  return {**batch, 'image': (image - mean) / std}
+  images = {
+    name: (array.astype(jnp.float32) / 255.0 - mean) / std
+    for name, array in batch.items()
+    if name.startswith('image')
+  }
+  return {**batch, **images}
 
 
 def make_loss(
@@ -79,8 +107,15 @@ def make_loss(
   return loss_fn
 
 
-def vanilla(loss_fn: Callable[..., Any]) -> conadv.GradientFunction:
-  """The plain step in the form of `conadv.wrap`: one branch, no memory."""
+def plain(
+  loss_fn: Callable[..., Any], *, inputs: str
+) -> conadv.GradientFunction:
+  """The plain step in the form of `conadv.wrap`: one branch, no memory.
+
+  Args:
+    loss_fn: of `(params, batch_stats, batch)`, which reads `batch['image']`.
+    inputs: the images of the batch that take this place.
+  """
 
   def init_fn(
     params: Any,
@@ -103,7 +138,7 @@ def vanilla(loss_fn: Callable[..., Any]) -> conadv.GradientFunction:
     del key
     (loss, (model_state, aux)), grads = jax.value_and_grad(
       loss_fn, has_aux=True
-    )(params, model_state, batch)
+    )(params, model_state, {**batch, 'image': batch[inputs]})
     aux = conadv.ConAdvAux({'main': loss}, model_state, {'main': aux})
     return (loss, aux), grads, state
 
@@ -132,8 +167,9 @@ def make_gradient(
     bounds=bounds,
     targets=conadv.random_targets(model.num_classes),
   )
-  if config.method == 'vanilla':
-    return vanilla(loss_fn)
+  method = METHODS[config.method]
+  if not method.branches:
+    return plain(loss_fn, inputs=method.images[0])
   arguments: dict[str, dict[str, Any]] = {
     'advprop': {'staleness': 0, 'attack': pgd},
     'conadv': {'staleness': config.staleness, 'attack': pgd},
@@ -141,6 +177,11 @@ def make_gradient(
       'staleness': config.staleness,
       'attack': conadv.fgsm(epsilon, bounds=bounds),
       'reuse_gradient': True,
+    },
+    'conadv_autoaugment': {
+      'staleness': config.staleness,
+      'attack': pgd,
+      'extra_branches': {'augmented': 'image_augmented'},
     },
   }
   return conadv.wrap(
@@ -168,8 +209,11 @@ def make_state(
       model_key, jnp.zeros((1, size, size, channels)), train=False
     )
     params, model_state = variables['params'], variables['batch_stats']
-    if config.method != 'vanilla':
-      params, model_state = conadv.dual_bn.split(params, model_state)
+    branches = METHODS[config.method].branches
+    if branches:
+      params, model_state = conadv.dual_bn.split(
+        params, model_state, branches=branches
+      )
     conadv_state = grad_fn.init(
       params,
       [normalize(batch, config.data) for batch in first_batches],

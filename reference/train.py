@@ -27,8 +27,8 @@ from reference import (
 )
 
 _CHOICES = {
-  'method': ('vanilla', 'advprop', 'conadv', 'conadv_reuse'),
-  'data.source': ('digits', 'jpeg_folder'),
+  'method': tuple(step.METHODS),
+  'data.source': ('digits', 'jpeg_folder', 'array_record'),
   'data.crop': tuple(input_pipeline.TRAIN_CROPS),
   'data.eval_crop': tuple(input_pipeline.EVAL_CROPS),
   'data.on_bad_image': ('skip', 'stop'),
@@ -53,6 +53,22 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         f'`{field}` must be one of {", ".join(allowed)}. Given {given!r}. '
         f'Likely misspelt: `--config.{field}={nearest[0]}`.'
       )
+
+
+def check_channels(config: ml_collections.ConfigDict) -> None:
+  """Refuses AutoAugment of images that are not RGB.
+
+  Raises:
+    ValueError: naming what else to take.
+  """
+  channels = len(config.data.mean)
+  if 'image_augmented' in step.METHODS[config.method].images and channels != 3:
+    raise ValueError(
+      'AutoAugment is for RGB images, of which `data.mean` has three values. '
+      f'Given {config.method!r} and {channels}. Likely the images are grey: '
+      'take a method without it, `--config.method=conadv`, or RGB images, '
+      '`--config=reference/configs/jpeg_folder.py`.'
+    )
 
 
 def make_mesh(batch_size: int) -> Mesh:
@@ -158,9 +174,13 @@ def make_step(
   another shape is an error.
   """
   size, channels = config.data.size, len(config.data.mean)
+  shape = (config.batch_size, size, size, channels)
   batch = {
-    'image': np.zeros((config.batch_size, size, size, channels), np.uint8),
     'label': np.zeros(config.batch_size, np.int32),
+    **{
+      name: np.zeros(shape, np.uint8)
+      for name in step.METHODS[config.method].images
+    },
   }
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = jax.jit(
@@ -204,6 +224,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     FloatingPointError: when a loss or a norm is no longer finite.
   """
   check_choices(config)
+  check_channels(config)
   mesh = make_mesh(config.batch_size)
   place = make_placement(mesh)
   skipped: input_pipeline.Skipped = {}
@@ -211,7 +232,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
   with contextlib.ExitStack() as stack:
     manager = stack.enter_context(checkpoint.open_manager(workdir, config))
     source = sources.open_source(config.data)
-    batches = input_pipeline.train_batches(source, config, skipped=skipped)
+    batches = input_pipeline.train_batches(
+      source,
+      config,
+      skipped=skipped,
+      images=step.METHODS[config.method].images,
+    )
     stack.callback(batches.close)
 
     model = make_model(config, num_classes=source.num_classes)

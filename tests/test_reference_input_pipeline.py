@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from reference import augment, input_pipeline, jpeg, sources
+from reference import augment, autoaugment, input_pipeline, jpeg, sources
 
 
 def make_config(**data):
@@ -20,6 +20,7 @@ def make_config(**data):
         'flip': True,
         'eval_crop': 'resize',
         'on_bad_image': 'skip',
+        'level_factor': 0.8,
         **data,
       },
       'run': {'threads': 2},
@@ -40,9 +41,11 @@ def make_source(count=10, size=8, bad=()):
   return sources.Source(range(count), range(count), read, count), images
 
 
-def take(source, config, count, *, state=None, skipped=None):
+def take(source, config, count, *, state=None, skipped=None, **options):
   skipped = {} if skipped is None else skipped
-  batches = input_pipeline.train_batches(source, config, skipped=skipped)
+  batches = input_pipeline.train_batches(
+    source, config, skipped=skipped, **options
+  )
   if state is not None:
     batches.set_state(state)
   taken = list(itertools.islice(batches, count))
@@ -149,6 +152,93 @@ def test_held_out_images_come_once_and_in_batches_of_one_shape(count):
   seen = np.concatenate([b['image'][b['mask']] for b in batches])
   np.testing.assert_array_equal(labels, np.arange(count))
   np.testing.assert_array_equal(seen, images)
+
+
+BOTH = ('image', 'image_augmented')
+
+
+def make_crops(**data):
+  return make_config(size=16, crop='random_resized', **data)
+
+
+def test_the_second_view_leaves_the_first_as_it_is():
+  source, _ = make_source(size=40)
+  alone, _ = take(source, make_crops(), 6)
+  both, _ = take(source, make_crops(), 6, images=BOTH)
+  for batch in both:
+    second = batch.pop('image_augmented')
+    assert second.shape == (4, 16, 16, 3)
+    assert second.dtype == np.uint8
+    assert (second != batch['image']).any(axis=(1, 2, 3)).all()
+  assert_same(both, alone)
+
+
+def test_the_second_view_is_another_crop_and_alone_augmented(monkeypatch):
+  given = []
+
+  def mark(image, rng, *, level_factor):
+    del rng
+    given.append((image, level_factor))
+    return np.full_like(image, 7)
+
+  monkeypatch.setattr(autoaugment, 'auto_augment', mark)
+  source, images = make_source(size=40)
+  # Red tells the column and green the row: a crop shows where it lies.
+  images[..., 0] = np.arange(40)
+  images[..., 1] = np.arange(40)[:, None]
+  batches, _ = take(source, make_crops(), 5, images=BOTH)
+  firsts = np.concatenate([batch['image'] for batch in batches])
+  assert not (firsts == 7).all(axis=(1, 2, 3)).any()
+  assert all((batch['image_augmented'] == 7).all() for batch in batches)
+  assert {factor for _, factor in given} == {0.8}
+
+  def corners(crops):
+    return {
+      tuple(crop[[0, 0, -1, -1], [0, -1, 0, -1], :2].flat) for crop in crops
+    }
+
+  seconds = corners(image for image, _ in given)
+  assert len(seconds) >= 20
+  assert not seconds & corners(firsts)
+
+
+def test_both_views_are_of_one_decode(monkeypatch):
+  """Every read gives another colour, and both views have the same."""
+  monkeypatch.setattr(
+    autoaugment, 'auto_augment', lambda image, rng, level_factor: image
+  )
+  numbers = itertools.count(1)
+  source, _ = make_source()
+  source = source._replace(
+    read=lambda label: (np.full((40, 40, 3), next(numbers), np.uint8), label)
+  )
+  batches, _ = take(source, make_crops(), 3, images=BOTH)
+  for batch in batches:
+    np.testing.assert_array_equal(batch['image'], batch['image_augmented'])
+  colors = {int(image[0, 0, 0]) for b in batches for image in b['image']}
+  assert len(colors) == 12
+
+
+def test_the_second_view_can_stand_alone():
+  source, _ = make_source(size=40)
+  batches, _ = take(source, make_crops(), 6, images=('image_augmented',))
+  assert all(set(batch) == {'image_augmented', 'label'} for batch in batches)
+
+
+def test_the_second_view_depends_on_seed_and_epoch_alone():
+  source, _ = make_source(size=40)
+  config = make_crops()
+  batches, _ = take(source, config, 8, images=BOTH)
+  config.run.threads = 4
+  first, state = take(source, config, 3, images=BOTH)
+  rest, _ = take(source, config, 5, state=state, images=BOTH)
+  assert_same(first + rest, batches)
+  views = [
+    batch['image_augmented'][list(batch['label']).index(2)].tobytes()
+    for batch in batches
+    if 2 in batch['label']
+  ]
+  assert len(set(views)) == len(views) >= 3
 
 
 @pytest.mark.parametrize('channels', [1, 3])

@@ -51,12 +51,12 @@ def make_config(**fields):
   )
 
 
-def make_batch(seed, count=16):
+def make_batch(seed, count=16, images=('image',)):
   rng = np.random.default_rng(seed)
-  return {
-    'image': rng.integers(256, size=(count, 4, 4, 2), dtype=np.uint8),
-    'label': rng.integers(CLASSES, size=count).astype(np.int32),
-  }
+  batch = {'image': rng.integers(256, size=(count, 4, 4, 2), dtype=np.uint8)}
+  labels = rng.integers(CLASSES, size=count).astype(np.int32)
+  batch['image_augmented'] = rng.permutation(batch['image'] // 2)
+  return {name: batch[name] for name in images} | {'label': labels}
 
 
 def make_all(config, *, rate=0.5):
@@ -64,7 +64,10 @@ def make_all(config, *, rate=0.5):
   place = train.make_placement(mesh)
   model, tx = Model(), optax.sgd(rate)
   grad_fn = conadv.data_parallel(step.make_gradient(model, config), mesh)
-  first = [place(make_batch(100 + i)) for i in range(grad_fn.staleness)]
+  images = step.METHODS[config.method].images
+  first = [
+    place(make_batch(100 + i, images=images)) for i in range(grad_fn.staleness)
+  ]
   state = train.make_state(config, model, tx, grad_fn, mesh, first)
   take = train.make_step(
     config, tx, optax.constant_schedule(0.5), grad_fn, state, place
@@ -120,9 +123,7 @@ def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
   assert int(state.step) == 1
 
 
-@pytest.mark.parametrize(
-  'method', ['vanilla', 'advprop', 'conadv', 'conadv_reuse']
-)
+@pytest.mark.parametrize('method', step.METHODS)
 def test_the_state_stays_where_and_what_it_is(method):
   _, place, state, take = make_all(make_config(method=method))
 
@@ -131,14 +132,16 @@ def test_the_state_stays_where_and_what_it_is(method):
 
   start = form(state)
   for seed in range(3):
-    state, values = take(state, place(make_batch(seed)))
+    batch = make_batch(seed, images=step.METHODS[method].images)
+    state, values = take(state, place(batch))
     assert form(state) == start
   branches = {name for name in values if name.startswith('accuracy_')}
-  assert branches == (
-    {'accuracy_main'}
-    if method == 'vanilla'
-    else {'accuracy_main', 'accuracy_adversarial'}
-  )
+  expected = {'accuracy_main'}
+  if method not in ('vanilla', 'autoaugment'):
+    expected.add('accuracy_adversarial')
+  if method == 'conadv_autoaugment':
+    expected.add('accuracy_augmented')
+  assert branches == expected
   assert 0 <= float(values['accuracy_main']) <= 1
 
 
@@ -154,6 +157,67 @@ def test_conadv_waits_one_step_and_advprop_none():
   _, place, state, take = make_all(make_config(method='vanilla'))
   _, values = take(state, place(make_batch(100)))
   assert losses['conadv'] == pytest.approx(float(values['loss_main']), rel=1e-5)
+
+
+BOTH = ('image', 'image_augmented')
+
+
+def test_autoaugment_is_vanilla_on_the_second_view():
+  states = []
+  for method in ('vanilla', 'autoaugment'):
+    _, place, state, take = make_all(make_config(method=method))
+    for seed in range(2):
+      batch = make_batch(seed, images=BOTH)
+      view = batch['image_augmented']
+      name = 'image' if method == 'vanilla' else 'image_augmented'
+      state, _ = take(state, place({name: view, 'label': batch['label']}))
+    states.append(state._replace(key=()))
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_three_branches_see_their_images_with_norm_layers_of_their_own():
+  """Each branch is, as far as it can be seen, a plain step on its images."""
+  config = make_config(method='conadv_autoaugment')
+  _, place, state, take = make_all(config)
+  # `conadv` trains on the batch before.
+  first = make_batch(100, images=BOTH)
+  adversarial = np.array(state.conadv_state.queue.adversarial[0])
+  state, values = take(state, place(make_batch(0, images=BOTH)))
+
+  pixels = adversarial * [0.2, 0.3] + [0.4, 0.5]
+  # Epsilon is 8 of 255 levels.
+  difference = np.abs(pixels - first['image'] / 255).max()
+  assert 7 / 255 < difference < 8.01 / 255
+
+  for branch, image in (
+    ('main', 'image'),
+    ('augmented', 'image_augmented'),
+  ):
+    _, place, plain_state, plain = make_all(make_config(method='vanilla'))
+    batch = {'image': first[image], 'label': first['label']}
+    plain_state, plain_values = plain(plain_state, place(batch))
+    assert float(values[f'loss_{branch}']) == pytest.approx(
+      float(plain_values['loss']), rel=1e-5
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      conadv.dual_bn.select(state.model_state, branch),
+      plain_state.model_state,
+    )
+  losses = [
+    float(values[f'loss_{branch}'])
+    for branch in ('main', 'augmented', 'adversarial')
+  ]
+  assert float(values['loss']) == pytest.approx(np.mean(losses), rel=1e-5)
+  assert len(set(losses)) == 3
+  scales = [
+    np.array(
+      conadv.dual_bn.select(state.params, branch)['BatchNorm_0']['scale']
+    )
+    for branch in ('main', 'augmented', 'adversarial')
+  ]
+  for a, b in itertools.combinations(scales, 2):
+    assert not np.array_equal(a, b)
 
 
 @pytest.mark.parametrize('count', [37, 16, 5])

@@ -179,7 +179,8 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
     (
       'method',
       'conadv-reuse',
-      'must be one of vanilla, advprop, conadv, conadv_reuse. Given '
+      'must be one of vanilla, autoaugment, advprop, conadv, conadv_reuse, '
+      'conadv_autoaugment. Given '
       "'conadv-reuse'.*--config.method=conadv_reuse",
     ),
     ('data.crop', 'random', '--config.data.crop=random_resized'),
@@ -234,6 +235,37 @@ def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
   out = capsys.readouterr().out
   assert f'Skipped {tmp_path}/train/cat/3.jpg: ' in out
   assert f'Skipped {tmp_path}/test/dog/5.jpg: ' in out
+
+
+def test_three_branches_and_their_restart(tmp_path, monkeypatch):
+  write_jpegs(tmp_path, 16, 4)
+  config = jpegs(
+    tmp_path,
+    method='conadv_autoaugment',
+    **{'run.log_every': 1, 'run.checkpoint_every': 2},
+  )
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  final = train.train(config, whole)
+  assert final['step'] == 3
+  assert np.isfinite(final['loss_augmented'])
+
+  def break_at_3(record, row, add=metrics.add):
+    if row['step'] == 3:
+      raise KeyboardInterrupt
+    add(record, row)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, 'add', break_at_3)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(config, broken)
+  assert steps_saved(broken) == [2]
+  train.train(config, broken)
+  assert_equal(saved(broken, 3)[0], saved(whole, 3)[0])
+
+
+def test_autoaugment_of_grey_images_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r'RGB images.*and 1.*--config\.method='):
+    train.train(tiny('conadv_autoaugment'), tmp_path)
 
 
 def test_a_folder_of_jpegs_stops_at_an_unreadable_one(tmp_path):

@@ -22,17 +22,20 @@ def get_config() -> ml_collections.ConfigDict:
     {
       'name': 'jpeg_folder',
       'seed': 0,
-      'method': 'conadv',  # or vanilla, advprop, conadv_reuse
+      # Or vanilla, autoaugment, advprop, conadv_reuse, conadv_autoaugment.
+      'method': 'conadv',
       'staleness': 1,  # steps between the attack and its use
       'batch_size': 128,
       'epochs': 1.0,
       'label_smoothing': 0.1,
       'data': {
-        'source': 'jpeg_folder',
-        'folder': '',  # holds train/CLASS/*.jpg, and val/ or test/
+        'source': 'jpeg_folder',  # or array_record
+        # Holds train/CLASS/*.jpg, and val/ or test/; or the shards.
+        'folder': '',
         'size': 32,
         'crop': 'pad',  # or resize, random_resized
         'flip': True,
+        'level_factor': 1.0,  # times AutoAugment's levels, where it is used
         'eval_crop': 'resize',  # or center
         'mean': (0.491, 0.482, 0.447),
         'std': (0.247, 0.243, 0.262),
