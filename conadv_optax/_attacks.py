@@ -134,9 +134,7 @@ def pgd(
     gradient: chex.Array, perturbed: chex.Array, inputs: chex.Array
   ) -> chex.Array:
     size = _broadcast(size_comes_from, step_size, inputs)
-    # In an ellipsoid the steepest direction is that of the scaled gradient.
-    scaled = gradient if norm == 'linf' else gradient * size
-    return project(perturbed + sign * size * ball.direction(scaled), inputs)
+    return project(perturbed + sign * ball.step(gradient, size), inputs)
 
   def start(key: chex.PRNGKey, inputs: chex.Array) -> chex.Array:
     coin_key, noise_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""The balls that attacks stay in: projection, direction and uniform draw.
+"""The balls that attacks stay in: projection, steepest step, uniform draw.
 
 All take a batch in float32, whose first axis is that of the examples, and a
 radius of the same shape.
@@ -21,12 +21,13 @@ class Ball(NamedTuple):
   Attributes:
     project: `project(perturbed, inputs, radius)`, the nearest point of the ball
       around `inputs` (along the ray from there, for unequal radii in L2).
-    direction: `direction(gradient)`, the steepest unit step; zero for zero.
+    step: `step(gradient, size)`, the steepest step of that size; zero for a
+      gradient of zero.
     draw: `draw(key, like)`, uniform in the unit ball, of the shape of `like`.
   """
 
   project: Callable[[chex.Array, chex.Array, chex.Array], chex.Array]
-  direction: Callable[[chex.Array], chex.Array]
+  step: Callable[[chex.Array, chex.Array], chex.Array]
   draw: Callable[[chex.PRNGKey, chex.Array], chex.Array]
 
 
@@ -66,6 +67,15 @@ def _unit(x: chex.Array) -> chex.Array:
   return jnp.where(length > 0, x / jnp.where(length > 0, length, 1.0), 0.0)
 
 
+def _step_linf(gradient: chex.Array, size: chex.Array) -> chex.Array:
+  return size * jnp.sign(gradient)
+
+
+def _step_l2(gradient: chex.Array, size: chex.Array) -> chex.Array:
+  # In an ellipsoid the steepest direction is that of the scaled gradient.
+  return size * _unit(size * gradient)
+
+
 def _draw_linf(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
   return jax.random.uniform(key, like.shape, like.dtype, -1.0, 1.0)
 
@@ -81,8 +91,8 @@ def _draw_l2(key: chex.PRNGKey, like: chex.Array) -> chex.Array:
 
 
 BALLS = {
-  'linf': Ball(_project_linf, jnp.sign, _draw_linf),
-  'l2': Ball(_project_l2, _unit, _draw_l2),
+  'linf': Ball(_project_linf, _step_linf, _draw_linf),
+  'l2': Ball(_project_l2, _step_l2, _draw_l2),
 }
 
 

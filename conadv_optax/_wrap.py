@@ -190,11 +190,11 @@ def wrap(
 
   def first_part(batch: Batch) -> Batch:
     """The examples that are attacked."""
-    size = leaf.get(batch).shape[0]
-    count = max(1, int(adversarial_fraction * size))
     if adversarial_fraction == 1:
       return batch
+    size = leaf.get(batch).shape[0]
     _checks.check_batch_axis(batch, size)
+    count = max(1, int(adversarial_fraction * size))
     return jax.tree.map(lambda x: x[:count], batch)
 
   def craft(

@@ -59,6 +59,22 @@ def _read(
     return None
 
 
+def _reader(
+  source: sources.Source,
+  records: Sequence[Any],
+  config: ml_collections.ConfigDict,
+  skipped: Skipped,
+) -> Callable[[Any], tuple[np.ndarray, int] | None]:
+  """What reads one of the records of a split."""
+  return functools.partial(
+    _read,
+    source=source,
+    on_bad_image=config.data.on_bad_image,
+    skipped=skipped,
+    count=len(records),
+  )
+
+
 def _train_element(
   record: tuple[np.ndarray, int],
   rng: np.random.Generator,
@@ -117,19 +133,12 @@ def train_batches(
     An iterator, whose state can be saved, over `{'label': int32 (B,)}` and the
     images by name, uint8 (B, H, W, C).
   """
-  read = functools.partial(
-    _read,
-    source=source,
-    on_bad_image=config.data.on_bad_image,
-    skipped=skipped,
-    count=len(source.train),
-  )
   batches = (
     grain.MapDataset.source(source.train)
     .seed(config.seed)
     .shuffle()
     .repeat()
-    .map(read)
+    .map(_reader(source, source.train, config, skipped))
     .random_map(
       functools.partial(_train_element, config=config.data, images=images)
     )
@@ -160,16 +169,9 @@ def held_out_batches(
     `{'image': uint8 (B, H, W, C), 'label': int32 (B,), 'mask': bool (B,)}`,
     the mask False where the batch was padded.
   """
-  read = functools.partial(
-    _read,
-    source=source,
-    on_bad_image=config.data.on_bad_image,
-    skipped=skipped,
-    count=len(source.held_out),
-  )
   batches = iter(
     grain.MapDataset.source(source.held_out)
-    .map(read)
+    .map(_reader(source, source.held_out, config, skipped))
     .map(functools.partial(_eval_element, config=config.data))
     .to_iter_dataset(_read_options(config))
     .batch(config.batch_size)
