@@ -95,7 +95,9 @@ def wrap(
       `reuse_gradient`).
     inputs: the leaf of the batch to perturb, a floating array with a leading
       batch axis: a key, a tuple of keys, or a `(get, set)` pair of functions
-      `get(batch)`, `set(batch, value)`. `()` is the batch itself.
+      `get(batch)`, `set(batch, value)`. `()` is the batch itself. `get` may
+      convert, uint8 pixels to floats say: clean batches then wait as they are,
+      and `loss_fn` must take the leaf as it is and as `get` returns it.
     weights: the weight of each branch's loss, by name, floats or scalar arrays.
       None: equal, summing to 1. Algorithm 1 of the paper is the plain sum,
       `{'main': 1., 'adversarial': 1.}`. A branch of weight 0 adds nothing, not
@@ -341,8 +343,12 @@ def wrap(
     attack_key, branch_keys = keys_of(key)
     oldest = _queue.oldest(state)
     if staleness > 0:
-      part = first_part(newest) if reuse_gradient else newest
-      _checks.check_like(part, oldest.batch, 'A later batch')
+      like = newest
+      if reuse_gradient:
+        # As the queue holds it, where `inputs` may be of another dtype.
+        part = first_part(newest)
+        like = leaf.set(part, leaf.get(part))
+      _checks.check_like(like, oldest.batch, 'A later batch')
 
     if reuse_gradient:
       output, grads, input_gradient = train(

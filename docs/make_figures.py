@@ -136,7 +136,7 @@ def observe(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     (_, aux), grads, waiting = grad_fn.value_and_grad(
       state.params,
       state.conadv_state,
-      step.normalize(batch, config.data),
+      batch,
       model_state=state.model_state,
       key=jax.random.fold_in(state.key, state.step),
     )

@@ -50,7 +50,7 @@ def make_growth(
     to go on with.
   """
   controller = methods.make_controller(config)
-  loss_fn = methods.make_evaluation_loss(model)
+  loss_fn = methods.make_evaluation_loss(model, config)
   rng = np.random.default_rng(config.seed)
   chosen = rng.permutation(len(source.train))[: config.batch_size]
   [elements] = input_pipeline.held_out_batches(
@@ -68,7 +68,7 @@ def make_growth(
     matvec = conadv.hessian.operator(
       lambda params, batch: loss_fn(params, batch_stats, batch),
       params,
-      step.normalize(batch, config.data),
+      batch,
       micro_batches=config.accumulate,
     )
     pairs = conadv.hessian.top_eigenpairs(

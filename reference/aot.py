@@ -8,17 +8,19 @@ devices that are not there, and prints the compiler's account of it for one of
 them: memory by kind, and whether it fits; FLOPs, time and collectives. Nothing
 is run, so that every figure is an estimate, and the compiler's. ResNet-50 takes
 some minutes on two cores, and `--all`, which prints the table of the README,
-more than an hour.
+more than an hour; started again, it goes on after the last row in `--out`.
 
 It needs libtpu, which holds the compiler: `pip install '.[reference,tpu]'`.
 """
 
+import csv
 import importlib
 import importlib.util
 import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,9 @@ _TOPOLOGY = flags.DEFINE_string(
   'The slice, GENERATION:CHIPSxCHIPS, or CHIPSxCHIPSxCHIPS for v4 and v5p.',
 )
 _ALL = flags.DEFINE_bool('all', False, 'Print the table of the README instead.')
+_OUT = flags.DEFINE_string(
+  'out', 'runs/aot/table.csv', 'The table, row by row; kept where it is there.'
+)
 
 # Config, method, batch and slice of programs that differ in more than the
 # numbers they compute with: `autoaugment` has that of `vanilla`.
@@ -304,51 +309,58 @@ def print_account(
 
 def table_row(
   config: ml_collections.ConfigDict, topology: str, mesh: Mesh, needs: Account
-) -> str:
-  """The account of a step as a line of Markdown."""
+) -> dict[str, str]:
+  """The account of a step as a line of the table, by column."""
   limit = HBM_GIB[mesh.devices.flat[0].device_kind]
   reduced = needs.collectives.get('all-reduce', (0, 0))[1]
-  cells = (
-    f'`{config.method}`',
-    f'{config.batch_size:,}',
-    f'`{topology}`',
-    f'{mesh.size:,}',
-    f'{config.batch_size // mesh.size:,}',
-    f'{needs.arguments / _GIB:.2f}',
-    f'{needs.temporaries / _GIB:.2f}',
-    f'{needs.memory / _GIB:.2f} of {limit}',
-    f'{needs.flops / 1e12:.2f}',
-    f'{reduced / 1e6:.0f}',
-    f'{needs.seconds:.3f}',
-    f'{config.batch_size / needs.seconds:,.0f}',
-  )
-  return f'| {" | ".join(cells)} |'
+  return {
+    'method': f'`{config.method}`',
+    'batch': f'{config.batch_size:,}',
+    'slice': f'`{topology}`',
+    'devices': f'{mesh.size:,}',
+    'images each': f'{config.batch_size // mesh.size:,}',
+    'arguments, GiB': f'{needs.arguments / _GIB:.2f}',
+    'temporaries, GiB': f'{needs.temporaries / _GIB:.2f}',
+    'in all, GiB': f'{needs.memory / _GIB:.2f} of {limit}',
+    'TFLOPs': f'{needs.flops / 1e12:.2f}',
+    'all-reduced, MB': f'{reduced / 1e6:.0f}',
+    's a step': f'{needs.seconds:.3f}',
+    'images/s': f'{config.batch_size / needs.seconds:,.0f}',
+    'jax': jax.__version__,
+  }
 
 
-def print_table() -> None:
-  """Compiles the runs of the README and prints its table, row by row."""
-  header = (
-    'method',
-    'batch',
-    'slice',
-    'devices',
-    'images each',
-    'arguments, GiB',
-    'temporaries, GiB',
-    'in all, GiB',
-    'TFLOPs',
-    'all-reduced, MB',
-    's a step',
-    'images/s',
-  )
-  print(f'| {" | ".join(header)} |\n|{"---|" * len(header)}')
-  for name, method, batch_size, topology in _RUNS:
-    module = importlib.import_module(f'reference.configs.{name}')
-    config = module.get_config()
-    config.update({'method': method, 'batch_size': batch_size})
-    mesh = make_mesh(topology, batch_size)
-    needs = account(compile_step(config, mesh))
-    print(table_row(config, topology, mesh, needs), flush=True)
+def print_table(path: Path) -> None:
+  """Compiles the runs of the README and prints its table, row by row.
+
+  Args:
+    path: of a CSV that receives every row at once; rows that it has already,
+      of this version of JAX, are printed as they are.
+  """
+  known = {}
+  if path.exists():
+    with path.open(newline='') as file:
+      known = {tuple(x.values())[:3]: x for x in csv.DictReader(file)}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  for index, (name, method, batch_size, topology) in enumerate(_RUNS):
+    row = known.get((f'`{method}`', f'{batch_size:,}', f'`{topology}`'))
+    if row is None or row['jax'] != jax.__version__:
+      module = importlib.import_module(f'reference.configs.{name}')
+      config = module.get_config()
+      config.update({'method': method, 'batch_size': batch_size})
+      mesh = make_mesh(topology, batch_size)
+      needs = account(compile_step(config, mesh))
+      row = table_row(config, topology, mesh, needs)
+      is_new = not path.exists()
+      with path.open('a', newline='') as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+          writer.writeheader()
+        writer.writerow(row)
+    cells = {name: cell for name, cell in row.items() if name != 'jax'}
+    if index == 0:
+      print(f'| {" | ".join(cells)} |\n|{"---|" * len(cells)}')
+    print(f'| {" | ".join(cells.values())} |', flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -358,7 +370,7 @@ def main(argv: Sequence[str]) -> None:
   # Else JAX would look for the TPU whose compiler it finds.
   jax.config.update('jax_platforms', 'cpu')
   if _ALL.value:
-    print_table()
+    print_table(Path(_OUT.value))
     return
   config, topology = _CONFIG.value, _TOPOLOGY.value
   if config is None:

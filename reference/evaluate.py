@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import conadv_optax as conadv
-from reference import models, step
+from reference import methods, models, step
 
 Batch = dict[str, Any]
 
@@ -38,10 +38,9 @@ def make_evaluation(
   def sums(
     params: Any, batch_stats: Any, batch: dict[str, jax.Array]
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    batch = step.normalize(batch, config.data)
     logits: Any = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      batch['image'],
+      methods.normalize(batch['image'], config.data),
       train=False,
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(

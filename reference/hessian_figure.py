@@ -64,10 +64,11 @@ def load(
     tree.get('main', tree) for tree in (state['params'], state['model_state'])
   )
   model = train.make_model(config, num_classes=source.num_classes)
-  return model, params, batch_stats, step.normalize(batch, config.data)
+  return model, params, batch_stats, batch
 
 
 def analyse(
+  config: ml_collections.ConfigDict,
   model: models.ResNet,
   params: Any,
   batch_stats: Any,
@@ -79,7 +80,7 @@ def analyse(
 ) -> tuple[hessian.Eigenpairs, hessian.Spectrum]:
   """The largest eigenvalue and the spectral density of the Hessian."""
 
-  loss_fn = methods.make_evaluation_loss(model)
+  loss_fn = methods.make_evaluation_loss(model, config)
 
   @jax.jit
   def spectrum(
@@ -129,6 +130,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   workdir = Path(_WORKDIR.value)
   pairs, spectrum = analyse(
+    _CONFIG.value,
     *load(_CONFIG.value, workdir),
     degree=_DEGREE.value,
     probes=_PROBES.value,

@@ -118,8 +118,28 @@ def examples(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, int]:
   return {'attack': attacked, 'adversarial': attacked, 'main': count - attacked}
 
 
+def normalize(
+  images: jax.Array, config: ml_collections.ConfigDict
+) -> jax.Array:
+  """Turns uint8 images into float32 of mean 0 and deviation 1.
+
+  Done as late as can be, so that batches wait and travel as uint8.
+
+  Args:
+    images: (B, H, W, C) uint8; or float32, normalized already, as an attack
+      makes them of normalized images.
+    config: the `data` part of a config: `mean` and `std` of each channel, for
+      pixels in [0, 1].
+  """
+  if images.dtype != jnp.uint8:
+    return images
+  mean = jnp.asarray(config.mean, jnp.float32).reshape(1, 1, 1, -1)
+  std = jnp.asarray(config.std, jnp.float32).reshape(1, 1, 1, -1)
+  return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
 def make_loss(
-  model: models.ResNet, *, label_smoothing: float
+  model: models.ResNet, config: ml_collections.ConfigDict
 ) -> Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]:
   """The loss of one branch, which knows of no other.
 
@@ -134,12 +154,12 @@ def make_loss(
   ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     logits, updated = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      batch['image'],
+      normalize(batch['image'], config.data),
       train=True,
       mutable=['batch_stats'],
     )
     labels = optax.smooth_labels(
-      jax.nn.one_hot(batch['label'], logits.shape[-1]), label_smoothing
+      jax.nn.one_hot(batch['label'], logits.shape[-1]), config.label_smoothing
     )
     loss = optax.softmax_cross_entropy(logits, labels).mean()
     correct = (logits.argmax(-1) == batch['label']).sum(dtype=jnp.int32)
@@ -149,7 +169,7 @@ def make_loss(
 
 
 def make_evaluation_loss(
-  model: models.ResNet,
+  model: models.ResNet, config: ml_collections.ConfigDict
 ) -> Callable[[Any, Any, Batch], jax.Array]:
   """The loss with running statistics, as ABSA attacks and measures it.
 
@@ -161,7 +181,7 @@ def make_evaluation_loss(
   def loss_fn(params: Any, batch_stats: Any, batch: Batch) -> jax.Array:
     logits: Any = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      batch['image'],
+      normalize(batch['image'], config.data),
       train=False,
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -207,8 +227,14 @@ def make_group_gradient(
   `conadv_reuse` and `fast_advprop` attack the true label, the first from the
   clean image.
   """
-  loss_fn = make_loss(model, label_smoothing=config.label_smoothing)
+  loss_fn = make_loss(model, config)
   method, numbers = METHODS[config.method], config.methods
+
+  # What an attack perturbs is the normalized image.
+  inputs = (
+    lambda batch: normalize(batch['image'], config.data),
+    lambda batch, image: {**batch, 'image': image},
+  )
 
   def normalized(pixels: float) -> conadv.Normalized:
     return conadv.normalized(
@@ -218,10 +244,10 @@ def make_group_gradient(
     )
 
   if method.gradient == 'plain':
-    [inputs] = method.images
+    [view] = method.images
     return conadv.plain(
       lambda params, batch_stats, batch: loss_fn(
-        params, batch_stats, {**batch, 'image': batch[inputs]}
+        params, batch_stats, {**batch, 'image': batch[view]}
       ),
       has_state=True,
       has_aux=True,
@@ -230,8 +256,9 @@ def make_group_gradient(
     epsilon, bounds = normalized(numbers.absa.epsilon)
     return _absa_gradient(
       loss_fn,
-      make_evaluation_loss(model),
+      make_evaluation_loss(model, config),
       conadv.fgsm(epsilon, bounds=bounds),
+      inputs,
       numbers.absa.adversarial_fraction,
     )
   if method.gradient == 'fast_advprop':
@@ -239,6 +266,7 @@ def make_group_gradient(
     return conadv.fast_advprop(
       loss_fn,
       attack=conadv.pgd(epsilon, bounds=bounds),
+      inputs=inputs,
       adversarial_fraction=numbers.fast_advprop.adversarial_fraction,
       attack_weight=numbers.fast_advprop.attack_weight,
       has_state=True,
@@ -266,7 +294,11 @@ def make_group_gradient(
     },
   }
   return conadv.wrap(
-    loss_fn, has_state=True, has_aux=True, **arguments[method.gradient]
+    loss_fn,
+    inputs=inputs,
+    has_state=True,
+    has_aux=True,
+    **arguments[method.gradient],
   )
 
 
@@ -274,6 +306,7 @@ def _absa_gradient(
   loss_fn: Callable[..., Any],
   evaluation_loss: Callable[[Any, Any, Batch], jax.Array],
   attack: conadv.Attack,
+  inputs: tuple[Callable[[Batch], jax.Array], Callable[..., Batch]],
   adversarial_fraction: float,
 ) -> conadv.GradientFunction:
   """The plain gradient on a batch whose first part is adversarial.
@@ -292,6 +325,7 @@ def _absa_gradient(
   ) -> Any:
     attacked = batch['attacked'][0]
     clean = {name: x for name, x in batch.items() if name != 'attacked'}
+    get, set_ = inputs
     mixed = jax.lax.cond(
       attacked,
       lambda: conadv.perturb(
@@ -299,9 +333,10 @@ def _absa_gradient(
         params,
         clean,
         attack=attack,
+        inputs=inputs,
         adversarial_fraction=adversarial_fraction,
       ),
-      lambda: clean,
+      lambda: set_(clean, get(clean)),
     )
     return plain.value_and_grad(
       params, state, mixed, model_state=model_state, key=key

@@ -41,24 +41,6 @@ class TrainState(NamedTuple):
   key: jax.Array
 
 
-def normalize(batch: Batch, config: ml_collections.ConfigDict) -> Batch:
-  """Turns images from uint8 into float32 of mean 0 and deviation 1.
-
-  Args:
-    batch: holds 'image', 'image_augmented' or both, uint8 (B, H, W, C).
-    config: the `data` part of a config: `mean` and `std` of each channel, for
-      pixels in [0, 1].
-  """
-  mean = jnp.asarray(config.mean, jnp.float32).reshape(1, 1, 1, -1)
-  std = jnp.asarray(config.std, jnp.float32).reshape(1, 1, 1, -1)
-  images = {
-    name: (array.astype(jnp.float32) / 255.0 - mean) / std
-    for name, array in batch.items()
-    if name.startswith('image')
-  }
-  return {**batch, **images}
-
-
 def make_state(
   model: models.ResNet,
   tx: optax.GradientTransformation,
@@ -87,7 +69,7 @@ def make_state(
       )
     conadv_state = grad_fn.init(
       params,
-      [normalize(batch, config.data) for batch in first_batches],
+      first_batches,
       model_state=model_state,
       key=attack_key,
     )
@@ -155,7 +137,7 @@ def make_step(
     (loss, aux), grads, conadv_state = grad_fn.value_and_grad(
       state.params,
       state.conadv_state,
-      normalize(batch, config.data),
+      batch,
       model_state=state.model_state,
       key=key,
     )

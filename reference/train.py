@@ -261,9 +261,13 @@ def make_state(
   first_batches: list[step.Batch],
 ) -> step.TrainState:
   """The state before the first step, on all devices."""
-  init_fn = jax.jit(step.make_state(model, tx, grad_fn, config, mesh))
-  state = init_fn(jax.random.key(config.seed), first_batches)
-  return jax.device_put(state, shardings(config, state, mesh))
+  init_fn = step.make_state(model, tx, grad_fn, config, mesh)
+  key = jax.random.key(config.seed)
+  shapes = jax.eval_shape(init_fn, key, first_batches)
+  # Made where it belongs: a queue for the host may be too large to be made on
+  # the device and moved.
+  where = shardings(config, shapes, mesh)
+  return jax.jit(init_fn, out_shardings=where)(key, first_batches)
 
 
 def make_step(

@@ -185,6 +185,69 @@ def test_bare_array_is_a_batch(form):
     assert state.queue.batch.ndim == 3
 
 
+FORMS = {
+  'attack pass': {'attack': conadv.pgd(0.3)},
+  'reused gradient': {'attack': conadv.fgsm(0.3), 'reuse_gradient': True},
+  'fraction': {'attack': conadv.fgsm(0.3), 'adversarial_fraction': 0.5},
+  'further view': {
+    'attack': conadv.fgsm(0.3),
+    'extra_branches': {'flipped': 'flipped'},
+  },
+}
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_get_can_convert_and_clean_batches_wait_as_they_are(name):
+  """The same as floats from the start, in a queue of fewer bytes."""
+
+  def to_float(pixels):
+    is_raw = pixels.dtype == jnp.uint8
+    return pixels.astype(jnp.float32) / 255 - 0.5 if is_raw else pixels
+
+  def loss_fn(w, batch):
+    return jnp.mean((to_float(batch['image']) @ w - batch['label']) ** 2)
+
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
+  raw = [
+    {'image': x, 'flipped': y, 'label': np.ones(4, np.float32)}
+    for x, y in zip(*pixels, strict=True)
+  ]
+  floats = [
+    {
+      key: to_float(jnp.asarray(x)) if key != 'label' else x
+      for key, x in batch.items()
+    }
+    for batch in raw
+  ]
+
+  def run(batches, inputs):
+    grad_fn = conadv.wrap(loss_fn, 2, inputs=inputs, **FORMS[name])
+    w, key = jnp.array([0.5, -1.0, 2.0]), jax.random.key(0)
+    state = grad_fn.init(w, batches[:2], key=key)
+    outputs = []
+    for number, batch in enumerate(batches[2:]):
+      step_key = jax.random.fold_in(key, number)
+      (loss, aux), grads, state = grad_fn.value_and_grad(
+        w, state, batch, key=step_key
+      )
+      outputs.append((loss, aux.losses, grads))
+      w -= 0.1 * grads
+    return outputs, state.queue
+
+  pair = (
+    lambda batch: to_float(batch['image']),
+    lambda batch, image: {**batch, 'image': image},
+  )
+  outputs, queue = run(raw, pair)
+  expected, float_queue = run(floats, 'image')
+  chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-6)
+  kind = jnp.float32 if name == 'reused gradient' else jnp.uint8
+  assert queue.batch['image'].dtype == kind
+  chex.assert_trees_all_close(
+    queue.adversarial, float_queue.adversarial, rtol=1e-5, atol=1e-6
+  )
+
+
 def test_part_of_a_leaf_can_be_perturbed():
   def loss_fn(w, batch):
     return jnp.mean((batch['x'] @ w) ** 2)

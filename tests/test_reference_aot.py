@@ -234,7 +234,9 @@ def test_an_asynchronous_collective_counts_once():
   }
 
 
-def test_the_table_has_a_row_for_every_run(monkeypatch, capsys):
+def test_the_table_has_a_row_for_every_run_and_goes_on(
+  monkeypatch, capsys, tmp_path
+):
   needs = aot.Account(
     arguments=2**30,
     outputs=2**29,
@@ -253,13 +255,32 @@ def test_the_table_has_a_row_for_every_run(monkeypatch, capsys):
       'Mesh', (), {'size': 256, 'devices': np.array([device])}
     ),
   )
-  monkeypatch.setattr(aot, 'compile_step', lambda config, mesh: None)
+  left = list(range(5))
+  # Broken off after five rows.
+  monkeypatch.setattr(aot, 'compile_step', lambda config, mesh: left.pop())
   monkeypatch.setattr(aot, 'account', lambda compiled: needs)
-  aot.print_table()
+  path = tmp_path / 'aot' / 'table.csv'
+  with pytest.raises(IndexError):
+    aot.print_table(path)
+  begun = capsys.readouterr().out.splitlines()
+  assert len(begun) == 2 + 5
+
+  compiled = []
+  monkeypatch.setattr(
+    aot, 'compile_step', lambda config, mesh: compiled.append(config.method)
+  )
+  aot.print_table(path)
   header, rule, first, *rest = capsys.readouterr().out.splitlines()
+  assert [header, rule, first, *rest[:4]] == begun
+  assert len(compiled) == len(rest) - 4
   assert len({line.count('|') for line in (header, rule, first, *rest)}) == 1
   assert first == (
     '| `vanilla` | 98,304 | `v3:16x32` | 256 | 384 | 1.00 | 3.00 '
     '| 4.25 of 15.48 | 2.50 | 100 | 0.250 | 393,216 |'
   )
   assert len(rest) > 10
+
+  monkeypatch.setattr(jax, '__version__', 'another')
+  compiled.clear()
+  aot.print_table(path)
+  assert len(compiled) == 1 + len(rest)

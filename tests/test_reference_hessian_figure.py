@@ -62,13 +62,23 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
   train.train(config, tmp_path)
   model, params, batch_stats, batch = hessian_figure.load(config, tmp_path)
   pairs, spectrum = hessian_figure.analyse(
-    model, params, batch_stats, batch, degree=6, probes=1, micro_batches=2
+    config,
+    model,
+    params,
+    batch_stats,
+    batch,
+    degree=6,
+    probes=1,
+    micro_batches=2,
   )
+
+  mean, std = config.data.mean[0], config.data.std[0]
+  images = ((np.asarray(batch['image']) / 255 - mean) / std).astype('float32')
 
   def loss(params):
     logits = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      batch['image'],
+      images,
       train=False,
     )
     picked = jnp.take_along_axis(

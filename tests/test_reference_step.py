@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import conadv_optax as conadv
-from reference import evaluate, input_pipeline, methods, sources, step, train
+from reference import evaluate, input_pipeline, methods, sources, train
 from reference.configs import methods as configs
 
 DEVICES = 8
@@ -83,7 +83,7 @@ def make_all(config, *, rate=0.5):
 def test_normalize_is_mean_and_deviation_of_each_channel():
   config = make_config()
   batch = make_batch(0)
-  image = step.normalize(batch, config.data)['image']
+  image = methods.normalize(batch['image'], config.data)
   expected = (batch['image'] / 255 - [0.4, 0.5]) / [0.2, 0.3]
   assert image.dtype == jnp.float32
   np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
