@@ -59,6 +59,10 @@ def save(
       plt.close(figure)
 
 
+# Plain steps that the figure of the cost has room for.
+_LONGEST = 4.0
+
+
 def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
   """Time, FLOPs and memory of each row, over those of the plain step."""
   rows: list[Any] = [x for x in results if 'alone' not in str(x['row'])]
@@ -86,6 +90,17 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
       color=ADVERSARIAL,
       label='FLOPs',
     )
+    # So that a row which is many times slower does not hide the others.
+    time.set_xlim(0, _LONGEST)
+    for place in places[middle > _LONGEST]:
+      time.text(
+        _LONGEST,
+        place,
+        f'{middle[place]:.0f} ',
+        ha='right',
+        va='center',
+        color='white',
+      )
     time.set_yticks(places, [x['row'] for x in rows])
     time.invert_yaxis()
     time.set_xlabel('of the plain step')

@@ -23,9 +23,9 @@ from reference.benchmarks.measure import Figures, Net
 from reference.benchmarks.steps import Row, library, plain
 
 _NET = flags.DEFINE_enum('net', 'resnet18', list(measure.NETS), 'The model.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed calls of each order.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed calls of each order.')
 _ORDERS = flags.DEFINE_integer('orders', 1, 'Orders of the arguments.')
-_BATCH = flags.DEFINE_integer('batch', 16, 'Images, where they do not vary.')
+_BATCH = flags.DEFINE_integer('batch', 8, 'Images, where they do not vary.')
 _SWEEPS = flags.DEFINE_list(
   'sweeps', ['batch', 'staleness', 'devices'], 'Which are measured.'
 )
@@ -37,7 +37,7 @@ CONADV = Row(library(staleness=1))
 Point = tuple[int, Row, int | None]
 SWEEPS: dict[tuple[str, str], list[Point]] = {
   **{
-    ('batch', name): [(size, row, size) for size in (8, 16, 32, 64)]
+    ('batch', name): [(size, row, size) for size in (4, 8, 16, 32)]
     for name, row in {'plain': Row(plain), 'ConAdv': CONADV}.items()
   },
   ('staleness', 'ConAdv'): [
