@@ -63,7 +63,8 @@ def check_statistics(grad_fn, params, model_state, batches, statistics, read):
   key = jax.random.key(3)
   step = jax.jit(grad_fn.value_and_grad)
   first, *batches = batches
-  state = grad_fn.init(params, [first], model_state=model_state, key=key)
+  init = jax.jit(grad_fn.init)
+  state = init(params, [first], model_state=model_state, key=key)
   for batch in batches:
     images = {
       'main': state.queue.batch['image'][0],
@@ -115,8 +116,8 @@ def check_gradients(make_grad_fn, params, model_state, batch, key):
     )
     return grads
 
-  grad_fn = make_grad_fn(None)
-  state = grad_fn.init(params, [batch], model_state=model_state, key=key)
+  init = jax.jit(make_grad_fn(None).init)
+  state = init(params, [batch], model_state=model_state, key=key)
   main, adversarial, both = (
     grads_of(*map(jnp.float32, weights), state)
     for weights in ((1, 0), (0, 1), (1, 1))

@@ -26,6 +26,9 @@ def plain_sum(theta, stats, clean, adversarial):
   return main + other, (main, other, new_main, new_other)
 
 
+summed = jax.jit(jax.value_and_grad(plain_sum, has_aux=True))
+
+
 def naive_conadv(tau, batches, steps_of_attack=1, reuse=False):
   """Algorithm 1: lists of past parameters and batches, no queue.
 
@@ -59,9 +62,9 @@ def naive_conadv(tau, batches, steps_of_attack=1, reuse=False):
       steps=steps_of_attack,
     )
 
-    (_, (main, other, *new_stats)), grads = jax.value_and_grad(
-      plain_sum, has_aux=True
-    )(theta, stats, clean, adversarial)
+    (_, (main, other, *new_stats)), grads = summed(
+      theta, stats, clean, adversarial
+    )
     theta = jax.tree.map(lambda w, g: w - RATE * g, theta, grads)
     stats = dict(zip(('main', 'adversarial'), new_stats, strict=True))
     rows.append((main, other, grads, stats, theta))

@@ -41,10 +41,20 @@ def numpy_pgd(x, target, epsilon, size, steps, norm, bounds, sign=1.0):
   return x
 
 
-@pytest.mark.parametrize('norm', ['linf', 'l2'])
-@pytest.mark.parametrize('steps', [1, 2, 7])
-@pytest.mark.parametrize('bounds', [(0.0, 1.0), (0.3, 0.7)])
-@pytest.mark.parametrize('step_size', [None, 0.03])
+# Every pair of values of any two arguments.
+@pytest.mark.parametrize(
+  ('norm', 'steps', 'bounds', 'step_size'),
+  [
+    ('linf', 1, (0.0, 1.0), None),
+    ('linf', 2, (0.3, 0.7), 0.03),
+    ('linf', 7, (0.0, 1.0), 0.03),
+    ('linf', 7, (0.3, 0.7), None),
+    ('l2', 1, (0.3, 0.7), 0.03),
+    ('l2', 2, (0.0, 1.0), None),
+    ('l2', 7, (0.0, 1.0), None),
+    ('l2', 7, (0.3, 0.7), 0.03),
+  ],
+)
 def test_pgd_is_the_numpy_loop(norm, steps, bounds, step_size):
   x, target, gradient_fn = toy()
   x = jnp.clip(x, *bounds)

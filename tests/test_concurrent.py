@@ -110,7 +110,7 @@ def assert_same_as_data_parallel(layout, grad_fn, batches, **kwargs):
 # A layout is the rows, the devices in a row, and the attackers among them.
 @pytest.mark.parametrize(
   ('layout', 'tau'),
-  [((1, 4, 1), 1), ((1, 8, 2), 1), ((2, 2, 1), 1), ((1, 8, 3), 3)],
+  [((1, 8, 2), 1), ((2, 2, 1), 1), ((1, 8, 3), 3)],
   ids=str,
 )
 def test_is_data_parallel_over_the_trainers(layout, tau):
@@ -149,7 +149,7 @@ def compiled_step(mesh, batch_spec, attackers=1):
   batches = jax.device_put(
     [make_batch(t, size=24) for t in range(2)], NamedSharding(mesh, batch_spec)
   )
-  state = grad_fn.init(params, batches[:1], model_state=model_state)
+  state = jax.jit(grad_fn.init)(params, batches[:1], model_state=model_state)
   args = params, state, batches[1]
   lowered = jax.jit(grad_fn.value_and_grad).lower(
     *args, model_state=model_state

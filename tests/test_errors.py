@@ -1,43 +1,15 @@
 """Wrong input is told at trace time: the rule, what was given, the fix."""
 
-import functools
-import math
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from error_checks import FGSM, assert_says, call, wrap
 from helpers import init_model, loss_fn, make_batch
-from jax.sharding import AxisType
 
 import conadv_optax as conadv
-
-FGSM = conadv.fgsm(0.1)
-wrap = functools.partial(conadv.wrap, loss_fn, attack=FGSM, has_state=True)
-
-
-def call(grad_fn, batch=None, first_batches=None, **kwargs):
-  """`init` and one call, under jit as users do."""
-  params, model_state = init_model()
-  kwargs = {'model_state': model_state, **kwargs}
-  if first_batches is None:
-    first_batches = [make_batch(t) for t in range(grad_fn.staleness)]
-  batch = make_batch(9) if batch is None else batch
-
-  def both(params, first_batches, batch, kwargs):
-    state = grad_fn.init(params, first_batches, **kwargs)
-    return grad_fn.value_and_grad(params, state, batch, **kwargs)
-
-  return jax.jit(both)(params, first_batches, batch, kwargs)
-
-
-def assert_says(error, *parts):
-  """Every part of a message: the rule, what was given, the fix."""
-  message = str(error.value)
-  for part in parts:
-    assert part in message, f'{part!r} is not in: {message}'
 
 
 def test_the_calls_of_this_file_are_right_without_their_mistake():
@@ -429,78 +401,3 @@ def test_a_mask_that_became_a_schedule():
   with pytest.raises(ValueError) as error:
     tx.update(params, tx.init(params), params)
   assert_says(error, 'made of bools', "static_args='mask'")
-
-
-def make_mesh(rows, roles, names=('data', 'role')):
-  shape = (rows, roles)[: len(names)]
-  devices = jax.devices()[: math.prod(shape)]
-  return jax.make_mesh(
-    shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices
-  )
-
-
-@pytest.mark.parametrize('attackers', [0, -1, 3, 4, 1.5])
-def test_rows_without_attackers_or_with_too_few_trainers(attackers):
-  with pytest.raises(ValueError) as error:
-    conadv.concurrent(wrap(), make_mesh(1, 4), attackers=attackers)
-  assert_says(
-    error, f'attackers={attackers}', 'rows of 4 devices', '`attackers=1`'
-  )
-
-
-@pytest.mark.parametrize(
-  ('names', 'kwargs'),
-  [
-    (('data',), {}),
-    (('data', 'roles'), {}),
-    (('data', 'role'), {'role_axis': 'data'}),
-    (('data', 'role'), {'data_axis': 'batch'}),
-  ],
-)
-def test_a_mesh_without_roles(names, kwargs):
-  with pytest.raises(ValueError) as error:
-    conadv.concurrent(wrap(), make_mesh(2, 4, names), **kwargs)
-  assert_says(error, 'two axes', str(names), "('data', 'role'))`")
-
-
-def test_a_third_axis_has_no_role():
-  mesh = jax.make_mesh(
-    (1, 2, 2),
-    ('data', 'role', 'model'),
-    (AxisType.Auto,) * 3,
-    devices=jax.devices()[:4],
-  )
-  with pytest.raises(ValueError, match='two axes'):
-    conadv.concurrent(wrap(), mesh)
-
-
-def test_an_attack_that_cannot_be_moved():
-  mesh = make_mesh(1, 4)
-  with pytest.raises(ValueError) as error:
-    conadv.concurrent(wrap(reuse_gradient=True), mesh)
-  assert_says(error, 'attack pass', '`reuse_gradient=False`')
-  joined = conadv.data_parallel(wrap(), mesh)
-  with pytest.raises(ValueError, match='`data_parallel` has joined them'):
-    conadv.concurrent(joined, mesh)
-  with pytest.raises(ValueError) as error:
-    conadv.concurrent(wrap(0), mesh)
-  assert_says(error, 'staleness 0', 'staleness=1')
-  with pytest.raises(TypeError) as error:
-    conadv.concurrent(loss_fn, mesh)
-  assert_says(error, 'function', 'conadv.concurrent(conadv.wrap(loss_fn')
-
-
-@pytest.mark.parametrize('size', [0, 4, 16])
-def test_a_batch_that_the_trainers_do_not_divide(size):
-  grad_fn = conadv.concurrent(wrap(), make_mesh(2, 4))
-  batch = make_batch(0, size=size)
-  with pytest.raises(ValueError) as error:
-    call(grad_fn, batch, [batch])
-  assert_says(error, 'multiple of the 6 trainers', 'image', 'drop or pad')
-
-
-def test_a_later_batch_of_another_size_for_the_trainers():
-  grad_fn = conadv.concurrent(wrap(), make_mesh(1, 4))
-  with pytest.raises(ValueError) as error:
-    call(grad_fn, make_batch(1, size=12), [make_batch(0, size=6)])
-  assert_says(error, 'takes its place in the queue', 'float32[4,5]')

@@ -56,7 +56,8 @@ def cnn_loss(params, batch_stats, batch):
 
 
 def init_cnn(image):
-  variables = CNN().init(jax.random.key(0), image, train=False)
+  init = jax.jit(CNN().init, static_argnames='train')
+  variables = init(jax.random.key(0), image, train=False)
   return conadv.dual_bn.split(variables['params'], variables['batch_stats'])
 
 
@@ -71,7 +72,7 @@ def train_cnn(batches, steps):
     params=params,
     tx=conadv.lars(0.5, weight_decay=1e-4, trust_coefficient=0.05),
     batch_stats=batch_stats,
-    conadv=grad_fn.init(
+    conadv=jax.jit(grad_fn.init)(
       params, batches[:1], model_state=batch_stats, key=jax.random.key(1)
     ),
   )
@@ -176,11 +177,14 @@ def transformer_loss(params, batch, *, key):
   return jnp.mean(cross_entropy(logits, batch['label']))
 
 
+def init_transformer(batch):
+  init = jax.jit(Transformer().init, static_argnames='train')
+  return init(jax.random.key(0), batch['patches'], train=False)['params']
+
+
 def train_transformer(batches, steps):
   """No state to carry: `params` are ordinary, and `loss_fn` takes a key."""
-  params = Transformer().init(
-    jax.random.key(0), batches[0]['patches'], train=False
-  )['params']
+  params = init_transformer(batches[0])
   grad_fn = conadv.wrap(
     transformer_loss,
     staleness=2,
@@ -189,7 +193,7 @@ def train_transformer(batches, steps):
     has_key=True,
   )
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
-  state = grad_fn.init(params, batches[:2], key=jax.random.key(1))
+  state = jax.jit(grad_fn.init)(params, batches[:2], key=jax.random.key(1))
 
   @jax.jit
   def train_step(params, opt_state, state, batch, key):
@@ -218,15 +222,14 @@ def test_transformer_trains_without_state():
   params, losses = train_transformer(batches, 40)
   check_falls(losses, by=0.5)
   test = patches_of(make_images(99))
-  logits = Transformer().apply({'params': params}, test['patches'], train=False)
+  evaluate = jax.jit(Transformer().apply, static_argnames='train')
+  logits = evaluate({'params': params}, test['patches'], train=False)
   assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
 
 
 def test_transformer_draws_dropout_from_the_key():
   batch = patches_of(make_images(0))
-  params = Transformer().init(jax.random.key(0), batch['patches'], train=False)[
-    'params'
-  ]
+  params = init_transformer(batch)
   grad_fn = conadv.wrap(
     transformer_loss,
     staleness=0,
@@ -250,9 +253,7 @@ def test_transformer_draws_dropout_from_the_key():
 
 def test_transformer_layer_norms_can_be_branched_by_a_predicate():
   batch = patches_of(make_images(0))
-  params = Transformer().init(jax.random.key(0), batch['patches'], train=False)[
-    'params'
-  ]
+  params = init_transformer(batch)
   params, nothing = conadv.dual_bn.split(
     params, None, is_norm=lambda path, leaf: 'LayerNorm' in str(path)
   )

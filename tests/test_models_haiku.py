@@ -40,7 +40,8 @@ def resnet_loss(params, net_state, batch):
 
 def start_resnet(first_batch):
   """A program whose adversarial weight may change while it runs."""
-  params, net_state = resnet.init(jax.random.key(0), first_batch['image'], True)
+  init = jax.jit(resnet.init, static_argnums=2)
+  params, net_state = init(jax.random.key(0), first_batch['image'], True)
   params, net_state = conadv.dual_bn.split(params, net_state)
   tx = optax.sgd(RATE)
 
@@ -63,7 +64,7 @@ def start_resnet(first_batch):
     params = optax.apply_updates(params, updates)
     return (params, aux.model_state, opt_state, state), aux.losses
 
-  state = grad_fn().init(
+  state = jax.jit(grad_fn().init)(
     params, [first_batch], model_state=net_state, key=jax.random.key(1)
   )
   return (params, net_state, tx.init(params), state), train_step
@@ -140,7 +141,8 @@ def test_resnet_trains_with_a_norm_for_each_branch():
   image = batches[0]['image']
   plain = jax.eval_shape(lambda: resnet.init(jax.random.key(0), image, True))
   chex.assert_trees_all_equal_shapes_and_dtypes((params, net_state), plain)
-  logits, same_state = resnet.apply(params, net_state, image, False)
+  evaluate = jax.jit(resnet.apply, static_argnums=3)
+  logits, same_state = evaluate(params, net_state, image, False)
   chex.assert_shape(logits, (6, CLASSES))
   chex.assert_tree_all_finite(logits)
   chex.assert_trees_all_equal(same_state, net_state)

@@ -55,7 +55,7 @@ def train_with_optax(batches, steps):
     make_loss(graphdef), staleness=1, attack=conadv.pgd(0.2), has_state=True
   )
   tx = optax.sgd(0.1, momentum=0.9)
-  state = grad_fn.init(
+  state = jax.jit(grad_fn.init)(
     params, batches[:1], model_state=batch_stats, key=jax.random.key(1)
   )
 
@@ -92,7 +92,7 @@ def train_with_nnx_optimizer(batches, steps):
   grad_fn = conadv.wrap(
     make_loss(graphdef), staleness=1, attack=conadv.pgd(0.2), has_state=True
   )
-  state = grad_fn.init(
+  state = jax.jit(grad_fn.init)(
     params, batches[:1], model_state=batch_stats, key=jax.random.key(1)
   )
 

@@ -150,14 +150,22 @@ def test_data_parallel_statistics_are_not_those_of_the_whole_batch():
 
 
 def test_runs_without_jit_too():
-  grad_fn = conadv.data_parallel(make_grad_fn('conadv'), make_mesh())
-  params, model_state = init_model()
-  first, second = make_batches(2)
-  state = grad_fn.init(params, [first], model_state=model_state)
-  eager = grad_fn.value_and_grad(params, state, second, model_state=model_state)
-  jitted = jax.jit(grad_fn.value_and_grad)(
-    params, state, second, model_state=model_state
+  # Every operation is a program of its own here, so the model is one of few.
+  grad_fn = conadv.data_parallel(
+    conadv.wrap(
+      lambda w, batch: jnp.mean((w * batch['x']) ** 2),
+      attack=conadv.fgsm(0.1),
+      inputs='x',
+    ),
+    make_mesh(),
   )
+  w, first, second = (
+    jnp.float32(2),
+    *({'x': jnp.arange(16.0) + t} for t in range(2)),
+  )
+  state = grad_fn.init(w, [first])
+  eager = grad_fn.value_and_grad(w, state, second)
+  jitted = jax.jit(grad_fn.value_and_grad)(w, state, second)
   chex.assert_trees_all_close(eager, jitted, **CLOSE)
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from test_reference_train import (
   assert_equal,
@@ -41,16 +40,9 @@ FLAGS = [
 
 
 def start(*command, **options):
-  cache = jax.config.jax_compilation_cache_dir
   return subprocess.run(
     [sys.executable, *command],
-    env={
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_COMPILATION_CACHE_DIR': cache,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-    },
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
     **options,

@@ -1,25 +1,31 @@
 """The methods of the reference pipeline, against steps by hand."""
 
 import csv
-import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from digit_steps import (
+  RATE,
+  Small,
+  arrays,
+  assert_close,
+  descend,
+  gradient_by_hand,
+  make_batch,
+  make_mesh,
+  start,
+  tiny,
+)
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh
 
 import conadv_optax as conadv
-from reference import absa, loop, methods, metrics, sources, train
-from reference.configs import digits
+from reference import loop, methods, metrics, train
 
-CLASSES = 10
-RATE = 0.25
 OLD = (
   'vanilla',
   'autoaugment',
@@ -29,104 +35,6 @@ OLD = (
   'conadv_autoaugment',
 )
 NEW = tuple(name for name in methods.METHODS if name not in OLD)
-
-
-class Small(nn.Module):
-  """A norm layer between two dense ones, with the ResNets' call."""
-
-  num_classes: int = CLASSES
-
-  @nn.compact
-  def __call__(self, x, *, train):
-    x = nn.Dense(3)(x[:, 2:6, 2:6].reshape(x.shape[0], -1))
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-    return nn.Dense(self.num_classes)(nn.relu(x))
-
-
-def tiny(method, **overrides):
-  """The main job's config with a net of one block."""
-  config = digits.get_config()
-  config.update_from_flattened_dict(
-    {
-      'method': method,
-      'batch_size': 16,
-      'model.stage_sizes': (1,),
-      'model.filters': 2,
-      **overrides,
-    }
-  )
-  return config
-
-
-def make_mesh(devices):
-  return Mesh(
-    np.array(jax.devices()[:devices]), ('data',), axis_types=(AxisType.Auto,)
-  )
-
-
-@functools.cache
-def digit_images():
-  return sources.digits()
-
-
-def make_batch(seed, count=16):
-  images, labels = zip(*digit_images().train[:200], strict=True)
-  chosen = np.random.default_rng(seed).permutation(200)[:count]
-  return {
-    'image': np.stack(images)[chosen],
-    'label': np.array(labels, np.int32)[chosen],
-  }
-
-
-def start(config, *, devices=1, model=None, tx=None, rate=RATE):
-  """A state, the compiled step, and the placement of a batch."""
-  mesh = make_mesh(devices)
-  place = train.make_placement(mesh)
-  model = model or train.make_model(config, num_classes=CLASSES)
-  schedule = optax.constant_schedule(rate)
-  tx = tx or optax.sgd(rate)
-  grad_fn = methods.make_gradient(model, config, mesh)
-  first = [
-    place(make_batch(100 + i, config.batch_size))
-    for i in range(grad_fn.staleness)
-  ]
-  state = train.make_state(config, model, tx, grad_fn, mesh, first)
-  take = train.make_step(config, tx, schedule, grad_fn, state, mesh)
-  return state, take, place
-
-
-def arrays(state):
-  """All of a state but its keys, in NumPy."""
-  return jax.tree.map(np.array, state._replace(key=()))
-
-
-def assert_close(left, right, *, atol=1e-5):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol),
-    left,
-    right,
-  )
-
-
-def loss_by_hand(params, batch_stats, batch, *, is_training=True):
-  images = ((batch['image'] / 255 - 0.305) / 0.376).astype(np.float32)
-  variables = {'params': params, 'batch_stats': batch_stats}
-  if not is_training:
-    logits = Small().apply(variables, images, train=False)
-    right = jax.nn.one_hot(batch['label'], CLASSES)
-  else:
-    logits, _ = Small().apply(
-      variables, images, train=True, mutable=['batch_stats']
-    )
-    right = 0.9 * jax.nn.one_hot(batch['label'], CLASSES) + 0.1 / CLASSES
-  return -(right * jax.nn.log_softmax(logits)).sum(-1).mean()
-
-
-gradient_by_hand = jax.jit(jax.grad(loss_by_hand))
-
-
-def descend(params, gradient, rate=RATE):
-  return jax.tree.map(lambda w, g: w - rate * g, params, gradient)
 
 
 def towards(params, gradient, distance):
@@ -301,96 +209,6 @@ def test_accuracies_count_what_each_branch_was_trained_on():
     'adversarial': 8,
     'main': 32,
   }
-
-
-def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
-  config = tiny('absa', **{'methods.absa.epsilon': 0.05})
-  schedule = optax.linear_schedule(1.0, 0.0, 100)
-  tx = conadv.adaptive_multi_steps(optax.sgd(1.0))
-  state, _, place = start(config, model=Small(), tx=tx)
-  mesh = make_mesh(1)
-  take = train.make_step(
-    config,
-    tx,
-    schedule,
-    methods.make_gradient(Small(), config, mesh),
-    state,
-    mesh,
-  )
-  grown = conadv.AbsaState(
-    micro_batches=jnp.int32(2),
-    attacked=jnp.int32(1),
-    learning_rate_scale=jnp.float32(2),
-    reference=jnp.float32(0),
-    waited=jnp.int32(0),
-    evaluations=jnp.int32(0),
-  )
-  sharding = state.absa.micro_batches.sharding
-  state = state._replace(absa=jax.device_put(grown, sharding))
-  before, batches = arrays(state), [make_batch(seed) for seed in range(2)]
-
-  # The first three of sixteen, by the sign of the gradient of the pixels.
-  pixels = batches[0]['image'] / 255
-  slope = jax.grad(
-    lambda x: loss_by_hand(
-      before.params,
-      before.model_state,
-      {'image': 255 * x, 'label': batches[0]['label'][:3]},
-      is_training=False,
-    )
-  )(jnp.asarray(pixels[:3], jnp.float32))
-  attacked = np.clip(pixels[:3] + 0.05 * np.sign(slope), 0, 1)
-  mixed = {
-    **batches[0],
-    'image': 255 * np.concatenate([attacked, pixels[3:]]),
-  }
-  first = gradient_by_hand(before.params, before.model_state, mixed)
-
-  state, values = take(state, place(batches[0]))
-  middle = arrays(state)
-  assert_close(middle.params, before.params, atol=0)
-  assert float(values['learning_rate']) == 2.0
-  second = gradient_by_hand(before.params, middle.model_state, batches[1])
-  state, values = take(state, place(batches[1]))
-  mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
-  # The rate is that of the first micro-batch.
-  assert_close(
-    arrays(state).params, descend(before.params, mean, 2.0), atol=1e-4
-  )
-  assert float(values['learning_rate']) == pytest.approx(2 * 0.99)
-  assert float(values['micro_batches']) == 2
-
-
-def test_absa_grows_once_an_epoch_by_the_largest_eigenvalue():
-  config = tiny('absa', batch_size=40, **{'methods.absa.patience': 2})
-  state, _, place = start(
-    config,
-    model=Small(),
-    tx=conadv.adaptive_multi_steps(optax.sgd(1.0)),
-  )
-  train_part = digit_images().train[:100]
-  source = digit_images()._replace(train=train_part)
-  mesh = make_mesh(1)
-  grow = absa.make_growth(Small(), config, source, place, mesh, host=0, hosts=1)
-  # 100 images in batches of 40: an epoch ends within steps 3, 5, 8.
-  evaluations = []
-  for done in range(1, 9):
-    state = grow(state, done)
-    evaluations.append(int(state.absa.evaluations))
-  assert evaluations == [0, 0, 1, 1, 2, 2, 2, 3]
-  assert int(state.absa.micro_batches) == 2
-
-  chosen = np.random.default_rng(0).permutation(100)[:40]
-  images, labels = zip(*(train_part[i] for i in chosen), strict=True)
-  batch = {'image': np.stack(images), 'label': np.array(labels)}
-  flat, unravel = ravel_pytree(arrays(state).params)
-  hessian = jax.hessian(
-    lambda flat: loss_by_hand(
-      unravel(flat), state.model_state, batch, is_training=False
-    )
-  )(jnp.asarray(flat))
-  largest = np.linalg.eigvalsh(np.float64(hessian))[-1]
-  np.testing.assert_allclose(state.absa.reference, largest, rtol=0.02)
 
 
 def read_rows(workdir):

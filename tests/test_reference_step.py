@@ -107,10 +107,9 @@ def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
     return loss, updated['batch_stats']
 
   images = ((batch['image'] / 255 - [0.4, 0.5]) / [0.2, 0.3]).astype('float32')
+  of_device = jax.jit(jax.value_and_grad(smoothed_loss, has_aux=True))
   per_device = [
-    jax.value_and_grad(smoothed_loss, has_aux=True)(
-      before.params, images[part], batch['label'][part]
-    )
+    of_device(before.params, images[part], batch['label'][part])
     for part in np.arange(16).reshape(DEVICES, 2)
   ]
   mean = jax.tree.map(lambda *x: sum(x) / DEVICES, *per_device)
@@ -248,9 +247,10 @@ def test_evaluation_counts_every_image_once_on_main_statistics(count):
   params = conadv.dual_bn.main(state.params)
   batch_stats = conadv.dual_bn.main(state.model_state)
   correct, loss = 0, 0.0
+  apply = jax.jit(model.apply, static_argnames='train')
   for image, label in records:
     pixels = (image / 255 - [0.4, 0.5]) / [0.2, 0.3]
-    logits = model.apply(
+    logits = apply(
       {'params': params, 'batch_stats': batch_stats},
       jnp.asarray(pixels[None], jnp.float32),
       train=False,

@@ -103,9 +103,16 @@ def test_the_main_job(method, tmp_path, capsys):
   assert 'img/s' in err
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
-  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-  train.train(tiny(steps=6), whole)
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run of six steps that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp('whole')
+  train.train(tiny(steps=6), workdir)
+  return workdir
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
+  broken = tmp_path
 
   def break_at_5(record, row, add=metrics.add):
     add(record, row)
@@ -131,9 +138,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
   assert [float(row['step']) for row in left] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_the_step_under_way(tmp_path, monkeypatch, capsys):
-  whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
-  train.train(tiny(steps=6), whole)
+def test_sigterm_saves_the_step_under_way(whole, tmp_path, monkeypatch, capsys):
+  stopped = tmp_path
 
   def signal_at_3(record, row, add=metrics.add):
     add(record, row)
