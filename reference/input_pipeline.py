@@ -7,26 +7,39 @@ every batch; put together in order, the parts are the batch of a single host.
 Batches are uint8; they are normalised on the device. Few threads and a short
 buffer read faster than Grain's defaults of 16 and 500. A thread more makes
 batch t + 1 while step t runs.
+
+The threads of a process share Python's lock. Where that is too little, the
+threads are those of worker processes, between which nothing is shared: what was
+unreadable travels with the rows that were made beside it.
 """
 
 import functools
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import ml_collections
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from reference import augment, autoaugment, jpeg, sources
 
 Element = dict[str, Any]
-# Unreadable images by path, with the reason. Several threads write to it.
+# Unreadable images by path, with the reason.
 Skipped = dict[str, str]
+# Rows of a batch, stacked by name, and what was unreadable among them. Nothing
+# is stacked where no row is left.
+Piece = tuple[Element, Skipped]
 
 # At most so many rows of a batch are one task for a thread.
-_PIECE = 8
+_PIECE = 32
+# Arrays smaller than this reach the parent by a pipe, not by shared memory.
+_SMALL = 4096
 
 TRAIN_CROPS: dict[str, Callable[..., np.ndarray]] = {
   'resize': lambda image, size, rng: augment.resize(image, size),
@@ -42,41 +55,126 @@ EVAL_CROPS: dict[str, Callable[..., np.ndarray]] = {
 class _Pieces(grain.MapDataset):
   """A host's rows of all batches, some at a time.
 
-  A piece is some rows of a batch, stacked, or None where none is readable. So
-  one task for a thread makes several images, and what Grain does for each
+  So one task for a thread makes several images, and what Grain does for each
   element is shared by them.
   """
 
   def __init__(
     self,
     numbers: grain.MapDataset,
-    make_row: Callable[[int, int], Element | None],
+    make_row: Callable[[int, int], Element],
+    config: ml_collections.ConfigDict,
     *,
-    batch_size: int,
+    replacement: Element | None,
     host: int,
     hosts: int,
   ):
     super().__init__(numbers)
-    share = batch_size // hosts
+    share = config.batch_size // hosts
     self._make_row = make_row
-    self._batch_size = batch_size
+    self._batch_size = config.batch_size
     self._first = host * share
     self._rows = max(x for x in range(1, _PIECE + 1) if share % x == 0)
     self._pieces = share // self._rows
+    self._on_bad_image = config.data.on_bad_image
+    self._replacement = replacement
 
   def __len__(self) -> int:
     return len(self._parent) // self._batch_size * self._pieces
 
-  def __getitem__(self, index: int) -> Element | None:
+  def __getitem__(self, index: int) -> Piece:
     batch, piece = divmod(index, self._pieces)
     start = batch * self._batch_size + self._first + piece * self._rows
-    positions = range(start, start + self._rows)
-    numbers = [self._parent[position] for position in positions]
-    made = [self._make_row(*x) for x in zip(numbers, positions, strict=True)]
-    rows = [row for row in made if row is not None]
-    if not rows:
-      return None
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    rows: list[Element] = []
+    skipped: Skipped = {}
+    for position in range(start, start + self._rows):
+      try:
+        rows.append(self._make_row(self._parent[position], position))
+      except jpeg.BadImageError as error:
+        if self._on_bad_image == 'stop':
+          raise
+        skipped[error.path] = error.reason
+        if self._replacement is not None:
+          rows.append(self._replacement)
+    names = list(rows[0]) if rows else []
+    stacked = {name: np.stack([row[name] for row in rows]) for name in names}
+    return stacked, skipped
+
+
+class _Batches(grain.DatasetIterator):
+  """The rows of pieces, in their order, in batches.
+
+  The state is the piece and the row in it that come next, and knows nothing of
+  threads and workers: a run may resume with others.
+  """
+
+  def __init__(
+    self,
+    open_pieces: Callable[[int], grain.DatasetIterator],
+    batch_size: int,
+    receive: Callable[[Skipped], None],
+  ):
+    super().__init__()
+    self._open_pieces = open_pieces
+    self._batch_size = batch_size
+    self._receive = receive
+    self._piece, self._row = 0, 0
+    self._pieces: grain.DatasetIterator | None = None
+    self._rows: Element | None = None
+
+  def __next__(self) -> Element:
+    if self._pieces is None:
+      self._pieces = self._open_pieces(self._piece)
+    parts: list[Element] = []
+    missing = self._batch_size
+    while missing:
+      if self._rows is None:
+        self._rows, skipped = next(self._pieces)
+        self._receive(skipped)
+      count = len(self._rows['label']) if self._rows else 0
+      stop = min(count, self._row + missing)
+      if stop > self._row:
+        part = slice(self._row, stop)
+        # A worker's memory goes when its rows do: the batch must be a copy.
+        parts.append({k: np.asarray(x)[part] for k, x in self._rows.items()})
+        missing -= stop - self._row
+      self._row = stop
+      if stop == count:
+        self._rows, self._row, self._piece = None, 0, self._piece + 1
+    return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+
+  def get_state(self) -> dict[str, int]:
+    return {'piece': self._piece, 'row': self._row}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self._stop()
+    self._piece, self._row = state['piece'], state['row']
+
+  def close(self) -> None:
+    super().close()
+    self._stop()
+
+  def _stop(self) -> None:
+    if self._pieces is not None:
+      self._pieces.close()
+    self._pieces = self._rows = None
+
+
+def _start_worker(index: int, workers: int) -> None:
+  """Leaves it to the parent when this worker ends."""
+  del index, workers
+  # A scheduler sends them to all processes, and the parent needs one more batch
+  # to stop at the end of a step.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def leave_with_parent() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
@@ -104,46 +202,31 @@ def _check_level_factor(level_factor: float) -> None:
     )
 
 
-def _read(
-  record: Any,
-  *,
-  source: sources.Source,
-  on_bad_image: str,
-  skipped: Skipped,
-  count: int,
-) -> tuple[np.ndarray, int] | None:
-  """The record's image and label, or None where it is unreadable."""
-  try:
-    return source.read(record)
-  except jpeg.BadImageError as error:
-    if on_bad_image == 'stop':
-      raise
-    if error.path not in skipped:
-      skipped[error.path] = error.reason
-      logging.warning('Skipped %s: %s.', error.path, error.reason)
-    if len(skipped) == count:
-      # Otherwise the search for a first readable image would never end.
-      raise ValueError(
-        f'At least one of {count} images must be readable, and none is; the '
-        f'last: {error}'
-      ) from error
-    return None
+def _check_workers(workers: int) -> None:
+  if workers < 0:
+    raise ValueError(
+      '`run.workers` is the number of worker processes that make training '
+      f'images, 0 for none. Given {workers}. Take the threads of this process, '
+      '`--config.run.workers=0`.'
+    )
 
 
-def _reader(
-  source: sources.Source,
-  records: Sequence[Any],
-  config: ml_collections.ConfigDict,
-  skipped: Skipped,
-) -> Callable[[Any], tuple[np.ndarray, int] | None]:
-  """What reads one of the records of a split."""
-  return functools.partial(
-    _read,
-    source=source,
-    on_bad_image=config.data.on_bad_image,
-    skipped=skipped,
-    count=len(records),
-  )
+def _receiver(skipped: Skipped, count: int) -> Callable[[Skipped], None]:
+  """What records and logs the unreadable ones of a split's `count` images."""
+
+  def receive(found: Skipped) -> None:
+    for path, reason in found.items():
+      if path not in skipped:
+        skipped[path] = reason
+        logging.warning('Skipped %s: %s.', path, reason)
+      if len(skipped) == count:
+        # Otherwise the search for a first readable image would never end.
+        raise ValueError(
+          f'At least one of {count} images must be readable, and none is; the '
+          f'last: {jpeg.BadImageError(path, reason)}'
+        )
+
+  return receive
 
 
 def _train_row(
@@ -151,19 +234,16 @@ def _train_row(
   position: int,
   *,
   records: Sequence[Any],
-  read: Callable[[Any], tuple[np.ndarray, int] | None],
+  read: Callable[[Any], tuple[np.ndarray, int]],
   images: Sequence[str],
   seed: int,
   crop: Callable[..., np.ndarray],
   size: int,
   flip: bool,
   level_factor: float,
-) -> Element | None:
+) -> Element:
   """One crop for each of `images`, in turn, all of the same decoded pixels."""
-  record = read(records[number])
-  if record is None:
-    return None
-  pixels, label = record
+  pixels, label = read(records[number])
   rng = np.random.default_rng((seed, position))
   row: Element = {'label': np.int32(label)}
   for name in images:
@@ -181,51 +261,54 @@ def _eval_row(
   position: int,
   *,
   records: Sequence[Any],
-  read: Callable[[Any], tuple[np.ndarray, int] | None],
+  read: Callable[[Any], tuple[np.ndarray, int]],
   crop: Callable[[np.ndarray, int], np.ndarray],
   size: int,
-  channels: int,
+  padding: Element,
 ) -> Element:
-  """A held-out image, or in place of one that is not there a masked zero."""
+  """A held-out image, or the padding where there are no more."""
   del position
-  record = read(records[number]) if number < len(records) else None
-  if record is None:
-    image, label = np.zeros((size, size, channels), np.uint8), 0
-  else:
-    image, label = record
-    image = crop(image, size)
+  if number >= len(records):
+    return padding
+  image, label = read(records[number])
   return {
-    'image': image,
+    'image': crop(image, size),
     'label': np.int32(label),
-    'mask': np.bool_(record is not None),
+    'mask': np.bool_(True),
   }
 
 
 def _batched(
-  numbers: grain.MapDataset,
-  make_row: Callable[[int, int], Element | None],
+  pieces: _Pieces,
   config: ml_collections.ConfigDict,
   *,
-  host: int,
+  workers: int,
+  receive: Callable[[Skipped], None],
   hosts: int,
 ) -> grain.DatasetIterator:
   """A host's batches, made ahead by threads."""
-  _check_hosts(config.batch_size, host, hosts)
-  pieces = _Pieces(
-    numbers, make_row, batch_size=config.batch_size, host=host, hosts=hosts
-  ).to_iter_dataset(
-    grain.ReadOptions(
-      num_threads=config.run.threads,
-      prefetch_buffer_size=2 * config.run.threads,
+  threads = config.run.threads
+  if workers and not flags.FLAGS.is_parsed():
+    # In a program without flags; Grain reads one of its own for workers.
+    flags.FLAGS.mark_as_parsed()
+
+  def open_pieces(first: int) -> grain.DatasetIterator:
+    made = pieces.slice(slice(first, None)).to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     )
-  )
-  batches = grain.experimental.RebatchIterDataset(
-    pieces, batch_size=config.batch_size // hosts
-  )
-  return iter(
-    grain.experimental.ThreadPrefetchIterDataset(
-      batches, prefetch_buffer_size=1
+    made = grain.experimental.WithOptionsIterDataset(
+      made, grain.experimental.DatasetOptions(min_shm_size=_SMALL)
     )
+    return iter(
+      made.mp_prefetch(
+        grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
+        worker_init_fn=_start_worker,
+      )
+    )
+
+  return grain.experimental.ThreadPrefetchDatasetIterator(
+    _Batches(open_pieces, config.batch_size // hosts, receive),
+    prefetch_buffer_size=1,
   )
 
 
@@ -266,6 +349,8 @@ def train_batches(
   # Grey images, which AutoAugment does not take, need not have it.
   level_factor = config.data.get('level_factor', 1.0)
   _check_level_factor(level_factor)
+  _check_workers(config.run.workers)
+  _check_hosts(config.batch_size, host, hosts)
   numbers = (
     grain.MapDataset.range(len(source.train))
     .seed(config.seed)
@@ -275,7 +360,7 @@ def train_batches(
   make_row = functools.partial(
     _train_row,
     records=source.train,
-    read=_reader(source, source.train, config, skipped),
+    read=source.read,
     images=images,
     seed=config.seed,
     crop=TRAIN_CROPS[config.data.crop],
@@ -283,7 +368,15 @@ def train_batches(
     flip=config.data.flip,
     level_factor=level_factor,
   )
-  return _batched(numbers, make_row, config, host=host, hosts=hosts)
+  return _batched(
+    _Pieces(
+      numbers, make_row, config, replacement=None, host=host, hosts=hosts
+    ),
+    config,
+    workers=config.run.workers,
+    receive=_receiver(skipped, len(source.train)),
+    hosts=hosts,
+  )
 
 
 def held_out_batches(
@@ -312,20 +405,31 @@ def held_out_batches(
   Raises:
     ValueError: when the hosts do not divide the batch.
   """
+  _check_hosts(config.batch_size, host, hosts)
   batches = math.ceil(len(source.held_out) / config.batch_size)
+  size = config.data.size
+  padding = {
+    'image': np.zeros((size, size, len(config.data.mean)), np.uint8),
+    'label': np.int32(0),
+    'mask': np.bool_(False),
+  }
   make_row = functools.partial(
     _eval_row,
     records=source.held_out,
-    read=_reader(source, source.held_out, config, skipped),
+    read=source.read,
     crop=EVAL_CROPS[config.data.eval_crop],
-    size=config.data.size,
-    channels=len(config.data.mean),
+    size=size,
+    padding=padding,
   )
+  numbers = grain.MapDataset.range(batches * config.batch_size)
   iterator = _batched(
-    grain.MapDataset.range(batches * config.batch_size),
-    make_row,
+    _Pieces(
+      numbers, make_row, config, replacement=padding, host=host, hosts=hosts
+    ),
     config,
-    host=host,
+    # They would take longer to start than to make so few images.
+    workers=0,
+    receive=_receiver(skipped, len(source.held_out)),
     hosts=hosts,
   )
   try:

@@ -26,7 +26,7 @@ def make_config(**data):
         'mean': (0.5, 0.5, 0.5),
         **data,
       },
-      'run': {'threads': 2},
+      'run': {'threads': 2, 'workers': 0},
     }
   )
 

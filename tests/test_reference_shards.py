@@ -59,7 +59,7 @@ def test_batches_are_those_of_the_folder(source, target):
         'mean': (0.5, 0.5, 0.5),
         'on_bad_image': 'stop',
       },
-      'run': {'threads': 2},
+      'run': {'threads': 2, 'workers': 0},
     }
   )
   taken = []

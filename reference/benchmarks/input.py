@@ -5,15 +5,19 @@
 Programs take turns: libjpeg-turbo decoding the files in memory by a thread for
 each core, and nothing else; the pipeline from files to uint8 batches with one
 random crop of each image; the same with two, the second under AutoAugment; and
-the pipeline on images that need no work, where Python, Grain and the making of
-batches are left. Python has one lock a process, so this last bounds what any
-number of threads can reach.
+both on JPEGs of 8 x 8 pixels, where what does not depend on pixels is left:
+Python, Grain and the draws. Nearly all of that holds Python's lock, of which a
+process has one, so it bounds what any number of threads can reach.
 
 Printed are images a second and core by the clock, and the time of a core that
 an image takes, as medians with quartiles, and both ratios to the decode. On an
 idle machine the two agree; where others work beside, the second is the one to
-read. Then each stage is timed alone in one thread. What a program takes above
-the sum is Python, Grain, and memory that is no longer in the cache.
+read. Then each stage is timed alone, by a thread on each core. What a program
+takes above the sum is Python, Grain, and memory that is no longer in the cache.
+
+Last comes what one process delivers at most, by threads and by worker processes
+whose images it takes over, and how many processes and cores a TPU v3 host needs
+to keep its eight cores at work.
 
 Without a folder it makes JPEGs of ImageNet's usual size, 500 x 375 pixels and
 about 110 KB, from two photographs that come with scikit-learn.
@@ -22,6 +26,7 @@ about 110 KB, from two photographs that come with scikit-learn.
 import collections
 import contextlib
 import functools
+import math
 import os
 import tempfile
 import time
@@ -49,6 +54,15 @@ _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images in a batch.')
 _SIZE = flags.DEFINE_integer('size', 224, 'Side of the crops.')
 
 ONE, TWO = 'one view', 'two, AutoAugment'
+TINY_ONE, TINY_TWO = 'one, 8 x 8', 'two, 8 x 8'
+BOTH = ('image', 'image_augmented')
+# Images a second that a TPU v3 host takes: 96 for each of its eight cores in a
+# step, whose seconds `reference.aot` estimates.
+NEEDED = {
+  'conadv': (ONE, 8 * 96 / 0.207),
+  'conadv_reuse': (ONE, 8 * 96 / 0.153),
+  'conadv_autoaugment': (TWO, 8 * 96 / 0.282),
+}
 _CORES = os.cpu_count() or 1
 _IMAGENET = 1_281_167
 
@@ -61,22 +75,29 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   with tempfile.TemporaryDirectory() as made:
-    source = choose_files(_FOLDER.value or make_images(Path(made)))
-    config = make_config()
-    both = ('image', 'image_augmented')
+    source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
+    tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
+    config, tiny_config = make_config(), make_config()
+    tiny_config.data.size = 8
     programs = {
       'decode': lambda: decoding(source),
-      ONE: lambda: reading(source, config, both[:1]),
-      TWO: lambda: reading(source, config, both),
-      'no work': lambda: reading(*without_work(config), both[:1]),
+      ONE: lambda: reading(source, config, BOTH[:1]),
+      TWO: lambda: reading(source, config, BOTH),
+      TINY_ONE: lambda: reading(tiny, tiny_config, BOTH[:1]),
+      TINY_TWO: lambda: reading(tiny, tiny_config, BOTH),
     }
-    seconds = take_turns(programs)
-    report_programs(seconds, files=len(source.train))
-    report_stages(time_stages(source, config), seconds)
+    spent = take_turns(programs)
+    report_programs(spent, files=len(source.train))
+    report_stages(time_stages(source, config), spent)
+    taking = {
+      ONE: time_taking(source, config, BOTH[:1]),
+      TWO: time_taking(source, config, BOTH),
+    }
+    report_host(spent, taking)
 
 
-def make_images(folder: Path) -> str:
-  """Writes 200 JPEGs and returns their folder."""
+def make_images(folder: Path, shape: tuple[int, int] = (375, 500)) -> str:
+  """Writes 200 JPEGs of this height and width and returns their folder."""
   rng = np.random.default_rng(0)
   photographs = [
     jpeg.decode(path.read_bytes(), path.name)
@@ -85,9 +106,9 @@ def make_images(folder: Path) -> str:
   ]
   for index in range(200):
     photograph = photographs[index % len(photographs)]
-    top = rng.integers(photograph.shape[0] - 375)
-    left = rng.integers(photograph.shape[1] - 500)
-    window = photograph[top : top + 375, left : left + 500]
+    top = rng.integers(photograph.shape[0] - shape[0])
+    left = rng.integers(photograph.shape[1] - shape[1])
+    window = photograph[top : top + shape[0], left : left + shape[1]]
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(window), quality=95)
     for split in ('train', 'val'):
       path = folder / split / 'photograph' / f'{index}.jpg'
@@ -111,18 +132,6 @@ def make_config() -> ml_collections.ConfigDict:
   config.data.crop = 'random_resized'
   config.run.threads = _CORES
   return config
-
-
-def without_work(
-  config: ml_collections.ConfigDict,
-) -> tuple[sources.Source, ml_collections.ConfigDict]:
-  """A source and a config that leave nothing to read, decode or crop."""
-  image = np.zeros((_SIZE.value, _SIZE.value, 3), np.uint8)
-  records = [0]
-  config = config.copy_and_resolve_references()
-  config.data.crop = 'resize'
-  config.data.flip = False
-  return sources.Source(records, records, lambda _: (image, 0), 1), config
 
 
 def decoding(source: sources.Source) -> AbstractContextManager[Run]:
@@ -216,7 +225,7 @@ def report_programs(spent: dict[str, np.ndarray], *, files: int) -> None:
 def time_stages(
   source: sources.Source, config: ml_collections.ConfigDict
 ) -> dict[str, tuple[float, int, int]]:
-  """Each stage's microseconds an image in one thread, the fastest of five.
+  """Each stage's microseconds of a core an image, with all cores at it.
 
   With it stands how often one view and two views take it.
   """
@@ -262,15 +271,15 @@ def time_stages(
     stage()
     return 1e6 * (time.thread_time() - start) / len(images)
 
-  # In a thread beside the main one, whose memory the C library gives back to
-  # the system and gets again for each image.
-  with futures.ThreadPoolExecutor(1) as thread:
+  def median_of(stage: Callable[[], object]) -> float:
+    times = threads.map(time_of, [stage] * 5 * _CORES)
+    return float(np.median(list(times)))
+
+  # In threads beside the main one, whose memory the C library gives back to the
+  # system and gets again for each image.
+  with futures.ThreadPoolExecutor(_CORES) as threads:
     return {
-      name: (
-        min(thread.submit(time_of, stage).result() for _ in range(5)),
-        one,
-        two,
-      )
+      name: (median_of(stage), one, two)
       for name, (stage, one, two) in stages.items()
     }
 
@@ -286,6 +295,41 @@ def report_stages(
     rest -= columns
     print(f'{name:18}' + ''.join(f'{x:18.0f}' for x in columns))
   print(f'{"all else":18}' + ''.join(f'{x:18.0f}' for x in rest))
+
+
+def time_taking(
+  source: sources.Source,
+  config: ml_collections.ConfigDict,
+  images: Sequence[str],
+) -> float:
+  """Microseconds of this process for an image that a worker process makes."""
+  config = config.copy_and_resolve_references()
+  config.run.workers = _CORES
+  config.run.threads = 1
+  with reading(source, config, images) as run:
+    start = time.process_time()
+    run(_IMAGES.value)
+    return 1e6 * (time.process_time() - start) / _IMAGES.value
+
+
+def report_host(spent: dict[str, np.ndarray], taking: dict[str, float]) -> None:
+  """What one process can deliver, and what a TPU v3 host needs."""
+  cores = {name: float(np.median(x[:, 1])) for name, x in spent.items()}
+  locked = {ONE: cores[TINY_ONE], TWO: cores[TINY_TWO]}
+  print(f'\n{"images/s of a process, at most":34}{ONE:>18}{TWO:>18}')
+  for name, times in (('by threads', locked), ('from workers', taking)):
+    rates = ''.join(f'{1e6 / times[views]:18,.0f}' for views in (ONE, TWO))
+    print(f'{name:34}{rates}')
+  print(
+    f'\n{"a v3 host needs":20}{"images/s":>10}{"of its lock":>13}'
+    f'{"processes":>11}{"cores":>8}'
+  )
+  for method, (views, rate) in NEEDED.items():
+    share = rate * locked[views] / 1e6
+    print(
+      f'{method:20}{rate:10,.0f}{share:13.2f}{math.ceil(share):11}'
+      f'{rate * cores[views] / 1e6:8.1f}'
+    )
 
 
 if __name__ == '__main__':

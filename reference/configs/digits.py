@@ -66,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
         'checkpoint_every': 90,
         'keep': 2,
         'threads': 1,
+        'workers': 0,  # processes beside this one that make training images
       },
     }
   )

@@ -97,7 +97,8 @@ def make_config(
         'evaluate_every': 4 * epoch,
         'checkpoint_every': 4 * epoch,
         'keep': 2,
-        'threads': 16,
+        'threads': 4,  # in each worker process
+        'workers': 4,  # that make training images; 0 for threads alone
       },
     }
   )

@@ -74,6 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
         'checkpoint_every': 130,
         'keep': 2,
         'threads': 2,
+        'workers': 0,  # processes beside this one that make training images
       },
     }
   )
