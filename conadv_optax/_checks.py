@@ -288,7 +288,8 @@ def _check_same_state(new: Any, old: Any) -> None:
       'and dtypes of the one that it takes. They differ in '
       f'{different[:3] or (_structure(new), _structure(old))}. '
       "Likely a collection is wrapped: return `updates['batch_stats']` if "
-      "`variables['batch_stats']` was passed."
+      "`variables['batch_stats']` was passed. Or metrics are returned too: "
+      'say `has_aux=True`, and return `(loss, (model_state, metrics))`.'
     )
 
 

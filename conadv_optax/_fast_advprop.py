@@ -117,7 +117,8 @@ def fast_advprop(
     >>> # The first example counts half as 1 and half as the adversarial 2.
     >>> chex.assert_trees_all_close(
     ...     aux.losses, {'attack': 1., 'adversarial': 4., 'main': 4.})
-    >>> chex.assert_trees_all_close(grads, (0.5 * 1 + 0.5 * 4 + 4 * 4) / 5)
+    >>> mean = (0.5 * 1 + 0.5 * 4 + 4 * 4) / 5
+    >>> chex.assert_trees_all_close((loss, grads), (mean, mean))
 
   References:
     Mei et al., `Fast AdvProp <https://arxiv.org/abs/2204.09838>`_, 2022

@@ -99,6 +99,9 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
     >>> w, state = guard.update(
     ...     w, state, robust_accuracy(w, batch, jax.random.key(0)))
     >>> chex.assert_trees_all_close(state.robust_accuracy, 1.)
+    >>> # After an epoch that lost 0.1, less than `max_drop`.
+    >>> w, state = guard.update(w, state, 0.9)
+    >>> assert not bool(state.tripped)
     >>> # After an epoch that went wrong: right on clean examples alone.
     >>> w = jnp.array([0., 1.])
     >>> w, state = guard.update(

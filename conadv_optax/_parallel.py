@@ -66,7 +66,7 @@ def data_parallel(
     ...     staleness=0, attack=conadv.fgsm(0.), inputs='x')
     >>> mesh = jax.make_mesh((jax.device_count(),), ('data',))
     >>> parallel = conadv.data_parallel(grad_fn, mesh)
-    >>> batch = {'x': jnp.arange(2. * jax.device_count())}
+    >>> batch = {'x': 1. + jnp.arange(2. * jax.device_count())}
     >>> w = jnp.array(1.)
     >>> _, grads, _ = parallel.value_and_grad(w, parallel.init(w, []), batch)
     >>> chex.assert_trees_all_close(grads, 2 * jnp.mean(batch['x'] ** 2))

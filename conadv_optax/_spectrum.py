@@ -102,6 +102,12 @@ def top_eigenpairs(
     ...     lambda v: diagonal * v, diagonal, 2, key=jax.random.key(0))
     >>> chex.assert_trees_all_close(
     ...     pairs.values, jnp.array([5., 3.]), rtol=1e-5)
+    >>> rough = conadv.hessian.top_eigenpairs(
+    ...     lambda v: diagonal * v, diagonal, 1, key=jax.random.key(0),
+    ...     iterations=3)
+    >>> error = (diagonal - rough.values[0]) * rough.vectors[0]
+    >>> chex.assert_trees_all_close(
+    ...     rough.residuals[0], jnp.linalg.norm(error), rtol=1e-3)
 
   References:
     Yao et al., `PyHessian: Neural Networks Through the Lens of the Hessian
@@ -162,6 +168,12 @@ def trace(
     ...     lambda v: diagonal * v, diagonal, key=jax.random.key(0))
     >>> chex.assert_trees_all_close(
     ...     estimate, conadv.hessian.Trace(jnp.float32(0.), jnp.float32(0.)))
+    >>> # Here a sample is 2 or -2, so that their mean says how they spread.
+    >>> estimate = conadv.hessian.trace(
+    ...     lambda v: v[::-1], jnp.zeros(2), key=jax.random.key(0), samples=32)
+    >>> chex.assert_trees_all_close(
+    ...     estimate.standard_error, jnp.sqrt((4. - estimate.mean ** 2) / 31),
+    ...     rtol=1e-5)
 
   References:
     Yao et al., `PyHessian: Neural Networks Through the Lens of the Hessian

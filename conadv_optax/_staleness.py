@@ -83,9 +83,10 @@ def staleness_report(
     >>> # The second weight has changed its sign since the attack.
     >>> report = conadv.staleness_report(
     ...     grad_fn, jnp.array([3., 1.]), jnp.array([3., -1.]),
-    ...     {'x': jnp.zeros((4, 2))})
+    ...     {'x': jnp.ones((4, 2))})
     >>> chex.assert_trees_all_close(
-    ...     report, conadv.StalenessReport(0.5, 0.1 * (3 - 1), 0.1 * (3 + 1)))
+    ...     report, conadv.StalenessReport(0.5, 0.1 * (3 - 1), 0.1 * (3 + 1)),
+    ...     rtol=1e-5)
 
   References:
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training

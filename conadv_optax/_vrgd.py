@@ -63,20 +63,21 @@ def scale_by_gsnr(
   Examples:
     >>> import chex, jax, jax.numpy as jnp, optax
     >>> import conadv_optax as conadv
-    >>> # Eight groups, which disagree on the gradient of the first weight.
+    >>> # Eight groups, which agree on the gradient of the last weight alone.
     >>> loss_fn = lambda w, x: jnp.mean(x @ w)
-    >>> x = jnp.array([[9., 3.], [-7., 1.]] * 4)
+    >>> x = jnp.array([[2., 3., 5.], [0., 1., 5.]] * 4)
     >>> grad_fn = conadv.accumulate(
     ...     conadv.plain(loss_fn), 8, second_moment=True)
-    >>> w = jnp.zeros(2)
+    >>> w = jnp.zeros(3)
     >>> (_, aux), grads, _ = grad_fn.value_and_grad(
     ...     w, grad_fn.init(w, []), x)
     >>> tx = optax.chain(conadv.scale_by_gsnr(), optax.sgd(1.))
     >>> updates, _ = tx.update(
     ...     grads, tx.init(w), w, second_moment=aux.second_moment)
-    >>> # Means 1 and 2, variances 64 and 1: ratios 1/64 and 4.
-    >>> chex.assert_trees_all_close(grads, jnp.array([1., 2.]))
-    >>> chex.assert_trees_all_close(updates, jnp.array([-0.1, -2.]))
+    >>> # Means 1, 2 and 5, variances 1, 1 and 0: ratios 1 and 4, over their
+    >>> # mean 0.4 and 1.6, of which the second is cut to 1.
+    >>> chex.assert_trees_all_close(grads, jnp.array([1., 2., 5.]))
+    >>> chex.assert_trees_all_close(updates, jnp.array([-0.4, -2., -5.]))
 
   References:
     Jiang et al., `Accelerating Large Batch Training via Gradient Signal to

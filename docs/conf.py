@@ -10,7 +10,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import check_site
 
 import conadv_optax
 
@@ -30,6 +33,8 @@ extensions = [
 exclude_patterns = ['_build']
 # Single backticks in docstrings are names.
 default_role = 'literal'
+nitpicky = True
+nitpick_ignore = [('py:class', 'collections.abc.Callable')]  # Not of this site.
 
 myst_enable_extensions = ['colon_fence', 'dollarmath', 'deflist']
 myst_heading_anchors = 3
@@ -84,11 +89,21 @@ def _check_api(app: Sphinx, env: Any) -> None:
     )
 
 
+def _check_links(app: Sphinx, exception: Exception | None) -> None:
+  """Fails the build where a link of the finished pages does not work."""
+  if exception is None and app.builder.format == 'html':
+    problems = check_site.find_problems(Path(app.outdir).resolve())
+    if problems:
+      raise ExtensionError('\n'.join(['Links do not work:', *problems]))
+
+
 def setup(app: Sphinx) -> None:
-  """Registers the math renderer and the check of the API pages."""
+  """Registers the math renderer, and the checks of API pages and links."""
   app.add_html_math_renderer(
     'mathml',
     inline_renderers=(_render_math('inline'), None),
     block_renderers=(_render_math('block'), None),
   )
   app.connect('env-check-consistency', _check_api)
+  # After the theme, which writes its style sheets at the end of the build.
+  app.connect('build-finished', _check_links, priority=900)

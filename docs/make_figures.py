@@ -1,61 +1,58 @@
 """Draws the figures of the site: `python docs/make_figures.py`.
 
 Each is written twice, for light and for dark pages, to docs/figures. Those of a
-training run take a minute or two on two CPU cores.
+training run take a minute or two on two CPU cores. What the benchmarks measured
+is drawn from the CSV that they wrote, and is not measured again.
 """
 
+import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import ml_collections
 import numpy as np
 import optax
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import conadv_optax as conadv
-from reference import input_pipeline, methods, sources, step, train
-from reference.configs import digits
+from conadv_optax import hessian
+from reference import (
+  hessian_figure,
+  input_pipeline,
+  methods,
+  sources,
+  step,
+  train,
+)
+from reference.benchmarks import figures, measure
+from reference.benchmarks.figures import ADVERSARIAL, CLEAN
+from reference.benchmarks.steps import ROWS
+from reference.configs import (
+  digits,
+  imagenet,
+  imagenet_4k,
+  imagenet_8k,
+  imagenet_16k,
+  imagenet_32k,
+  imagenet_64k,
+  imagenet_96k,
+)
 
-FOLDER = Path(__file__).parent / 'figures'
-CLEAN, ADVERSARIAL = '#2f7fd1', '#e0762a'
+DOCS = Path(__file__).parent
+FOLDER = DOCS / 'figures'
 STEPS = 337
+# Of the spectrum: products of a random start, and random starts.
+DEGREE, PROBES = 24, 2
 
 
-def save(
-  name: str, draw: Callable[..., None], *args: Any, size: tuple[float, float]
-) -> None:
-  """Draws on transparent ground, in the colours of light and of dark pages."""
-  for theme, style in (('light', 'default'), ('dark', 'dark_background')):
-    with (
-      plt.style.context(style),
-      matplotlib.rc_context(
-        {
-          'axes.spines.right': False,
-          'axes.spines.top': False,
-          'font.size': 10,
-          'svg.hashsalt': name,
-        }
-      ),
-    ):
-      figure, axes = plt.subplots(figsize=size, layout='constrained')
-      draw(axes, *args)
-      figure.savefig(
-        FOLDER / f'{name}-{theme}.svg',
-        transparent=True,
-        metadata={'Date': None},
-      )
-      plt.close(figure)
-
-
-def timeline(axes: Axes) -> None:
+def timeline(figure: Figure) -> None:
   """Who computes what when, for a staleness of 0, 1 and 2."""
   attack, training, steps = 1.0, 3.0, 4
   rows: list[tuple[str, list[tuple[float, float, str, str]]]] = []
@@ -77,6 +74,7 @@ def timeline(axes: Axes) -> None:
     ]
     rows.append((f'staleness {tau}: training', trained))
     rows.append((f'staleness {tau}: attack', attacked))
+  axes = figure.subplots()
   for y, (_, row) in enumerate(rows):
     for start, length, label, colour in row:
       axes.barh(
@@ -97,27 +95,41 @@ def timeline(axes: Axes) -> None:
   axes.tick_params(axis='y', length=0)
 
 
-def schedules(axes: Axes) -> None:
-  """The published warm-ups and decays, by epoch."""
-  for name, peak, warmup, epochs, power in (
-    ('16,384', 25.0, 5, 7116 * 16384 / 1281167, 2.0),
-    ('32,768', 31.2, 25, 3558 * 32768 / 1281167, 2.0),
-    ('98,304', 43.0, 41, 1301 * 98304 / 1281167, 1.6),
-  ):
-    epoch = np.linspace(0, epochs, 400)
-    rate = conadv.polynomial_warmup(
-      peak, 1000, round(1000 * epochs / warmup), power=power
+def schedules(figure: Figure) -> None:
+  """Warm-up and decay of each ImageNet config, by epoch."""
+  configs = [
+    file.get_config()
+    for file in (
+      imagenet_4k,
+      imagenet_8k,
+      imagenet_16k,
+      imagenet_32k,
+      imagenet_64k,
+      imagenet_96k,
     )
-    axes.plot(
-      epoch, [float(rate(e * 1000 / warmup)) for e in epoch], label=name
+  ]
+  axes = figure.subplots()
+  for config, colour in zip(configs, shades(len(configs)), strict=True):
+    _, schedule, steps = train.make_optimizer(
+      config, images=imagenet.TRAIN_IMAGES
     )
+    epoch = np.linspace(0, config.epochs, 400)
+    rate = jax.vmap(schedule)(jnp.asarray(epoch / config.epochs * steps))
+    axes.plot(epoch, rate, color=colour, label=f'{config.batch_size:,}')
   axes.set_xlabel('epoch')
   axes.set_ylabel('learning rate')
   axes.legend(title='batch', frameon=False)
 
 
-def observe(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
-  """Trains on the digits; the statistics and trust ratios of each step."""
+def observe(
+  config: ml_collections.ConfigDict,
+) -> tuple[list[dict[str, Any]], hessian.Spectrum]:
+  """Trains on the digits.
+
+  Returns:
+    The statistics and trust ratios of each step, and the spectral density of
+    the Hessian after the last.
+  """
   source = sources.digits()
   mesh = train.make_mesh(config.batch_size)
   place = train.make_placement(mesh)
@@ -173,8 +185,18 @@ def observe(config: ml_collections.ConfigDict) -> list[dict[str, Any]]:
         }
       )
     )
+  spectrum = hessian_figure.analyse(
+    config,
+    model,
+    conadv.dual_bn.main(state.params),
+    conadv.dual_bn.main(state.model_state),
+    place(next(batches)),
+    degree=DEGREE,
+    probes=PROBES,
+    micro_batches=1,
+  )
   batches.close()
-  return rows
+  return rows, spectrum
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
@@ -197,13 +219,14 @@ def beside(axes: Axes) -> None:
   )
 
 
-def statistics(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def statistics(figure: Figure, rows: list[dict[str, Any]]) -> None:
   """How far the two running means of each norm layer are apart."""
   layers = [
     name.removesuffix('/mean')
     for name in named(rows[0]['main'])
     if name.endswith('mean')
   ]
+  axes = figure.subplots()
   for layer, colour in zip(layers, shades(len(layers)), strict=True):
     distance = []
     for row in rows:
@@ -216,11 +239,12 @@ def statistics(axes: Axes, rows: list[dict[str, Any]]) -> None:
   beside(axes)
 
 
-def trust_ratios(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def trust_ratios(figure: Figure, rows: list[dict[str, Any]]) -> None:
   """LARS's ratio for each kernel."""
   kernels = [
     name for name in named(rows[0]['ratios']) if name.endswith('kernel')
   ]
+  axes = figure.subplots()
   for name, colour in zip(kernels, shades(len(kernels)), strict=True):
     values = [named(row['ratios'])[name] for row in rows]
     axes.semilogy(
@@ -231,14 +255,28 @@ def trust_ratios(axes: Axes, rows: list[dict[str, Any]]) -> None:
   beside(axes)
 
 
+def spectral_density(figure: Figure, spectrum: hessian.Spectrum) -> None:
+  """How many of the Hessian's eigenvalues lie where."""
+  hessian_figure.plot(figure.subplots(), spectrum)
+
+
 def main() -> None:
   """All of them."""
-  FOLDER.mkdir(exist_ok=True)
-  save('timeline', timeline, size=(8, 3.2))
-  save('schedules', schedules, size=(6, 3.2))
-  rows = observe(digits.get_config())
-  save('statistics', statistics, rows, size=(8, 3.6))
-  save('trust_ratios', trust_ratios, rows, size=(8, 3.6))
+  figures.save(FOLDER / 'timeline', timeline, size=(8, 3.2))
+  figures.save(FOLDER / 'schedules', schedules, size=(6, 3.2))
+  rows, spectrum = observe(digits.get_config())
+  for draw in (statistics, trust_ratios):
+    figures.save(FOLDER / draw.__name__, draw, rows, size=(8, 3.6))
+  figures.save(FOLDER / 'spectrum', spectral_density, spectrum, size=(6, 3.2))
+  for path in sorted(DOCS.rglob('cost_*.csv')):
+    results = measure.read_csv(path)
+    if 'schedule' in results[0]:
+      stem = path.stem.replace('cost', 'schedule')
+      figures.draw_schedule(FOLDER / stem, results)
+    else:
+      # Several devices share the cores of a CPU, and their times say little.
+      alone = [x for x in results if math.prod(ROWS[str(x['row'])].mesh) == 1]
+      figures.draw_cost(FOLDER / path.stem, alone)
 
 
 if __name__ == '__main__':

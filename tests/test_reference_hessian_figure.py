@@ -61,13 +61,13 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
     hessian_figure.load(config, tmp_path)
   train.train(config, tmp_path)
   model, params, batch_stats, batch = hessian_figure.load(config, tmp_path)
-  pairs, spectrum = hessian_figure.analyse(
+  spectrum = hessian_figure.analyse(
     config,
     model,
     params,
     batch_stats,
     batch,
-    degree=6,
+    degree=20,
     probes=1,
     micro_batches=2,
   )
@@ -89,5 +89,5 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
   flat, unravel = jax.flatten_util.ravel_pytree(params)
   dense = jax.jit(jax.hessian(lambda flat: loss(unravel(flat))))(flat)
   expected = np.linalg.eigvalsh(dense)[-1]
-  np.testing.assert_allclose(pairs.values[0], expected, rtol=0.01)
-  assert spectrum.nodes.shape == (1, 6)
+  np.testing.assert_allclose(spectrum.nodes.max(), expected, rtol=0.01)
+  assert spectrum.nodes.shape == (1, 20)
