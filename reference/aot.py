@@ -8,7 +8,7 @@ devices that are not there, and prints the compiler's account of it for one of
 them: memory by kind, and whether it fits; FLOPs, time and collectives. Nothing
 is run, so that every figure is an estimate, and the compiler's. ResNet-50 takes
 some minutes on two cores, and `--all`, which prints the table of the README,
-more than an hour; started again, it goes on after the last row in `--out`.
+more than an hour; started again, it goes on after the last row in `--table`.
 
 It needs libtpu, which holds the compiler: `pip install '.[reference,tpu]'`.
 """
@@ -45,8 +45,8 @@ _TOPOLOGY = flags.DEFINE_string(
   'The slice, GENERATION:CHIPSxCHIPS, or CHIPSxCHIPSxCHIPS for v4 and v5p.',
 )
 _ALL = flags.DEFINE_bool('all', False, 'Print the table of the README instead.')
-_OUT = flags.DEFINE_string(
-  'out', 'runs/aot/table.csv', 'The table, row by row; kept where it is there.'
+_TABLE = flags.DEFINE_string(
+  'table', 'runs/aot/table.csv', 'With --all, receives the rows and keeps them.'
 )
 
 # Config, method, batch and slice of programs that differ in more than the
@@ -370,7 +370,7 @@ def main(argv: Sequence[str]) -> None:
   # Else JAX would look for the TPU whose compiler it finds.
   jax.config.update('jax_platforms', 'cpu')
   if _ALL.value:
-    print_table(Path(_OUT.value))
+    print_table(Path(_TABLE.value))
     return
   config, topology = _CONFIG.value, _TOPOLOGY.value
   if config is None:

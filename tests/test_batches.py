@@ -185,7 +185,7 @@ def test_bare_array_is_a_batch(form):
     assert state.queue.batch.ndim == 3
 
 
-FORMS = {
+CONVERTED = {
   'attack pass': {'attack': conadv.pgd(0.3)},
   'reused gradient': {'attack': conadv.fgsm(0.3), 'reuse_gradient': True},
   'fraction': {'attack': conadv.fgsm(0.3), 'adversarial_fraction': 0.5},
@@ -196,7 +196,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', CONVERTED)
 def test_get_can_convert_and_clean_batches_wait_as_they_are(name):
   """The same as floats from the start, in a queue of fewer bytes."""
 
@@ -221,7 +221,7 @@ def test_get_can_convert_and_clean_batches_wait_as_they_are(name):
   ]
 
   def run(batches, inputs):
-    grad_fn = conadv.wrap(loss_fn, 2, inputs=inputs, **FORMS[name])
+    grad_fn = conadv.wrap(loss_fn, 2, inputs=inputs, **CONVERTED[name])
     w, key = jnp.array([0.5, -1.0, 2.0]), jax.random.key(0)
     state = grad_fn.init(w, batches[:2], key=key)
     outputs = []

@@ -62,7 +62,8 @@ def test_a_small_step_on_v3_is_counted_right():
   assert number('all-reduce', out) == 4 * (params + stats + 3 + 2)
 
   image = 32 * 32 * 3
-  queue = SHARE * (2 * 4 * image + 4)
+  # The waiting image is uint8, and its adversarial copy float32.
+  queue = SHARE * (image + 4 * image + 4)
   state = 4 * (2 * params + stats) + queue
   batch = SHARE * (image + 4)
   # The compiler pads small arrays.
