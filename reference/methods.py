@@ -20,6 +20,8 @@ import conadv_optax as conadv
 from reference import models
 
 Batch = dict[str, jax.Array]
+# Takes what is perturbed from a batch, and puts it back.
+Inputs = tuple[Callable[[Batch], jax.Array], Callable[[Batch, Any], Batch]]
 
 
 class Method(NamedTuple):
@@ -110,12 +112,18 @@ def compares_groups(config: ml_collections.ConfigDict) -> bool:
 def examples(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, int]:
   """How many examples each branch is trained on in a step."""
   method, count = METHODS[config.method], config.batch_size * copies(config)
-  if method.gradient != 'fast_advprop':
-    return dict.fromkeys(('main', *method.branches), count)
   number = groups(config, mesh)
-  share = config.methods.fast_advprop.adversarial_fraction
-  attacked = number * max(1, int(share * (count // number)))
-  return {'attack': attacked, 'adversarial': attacked, 'main': count - attacked}
+  is_fast = method.gradient == 'fast_advprop'
+  numbers = config.methods.fast_advprop if is_fast else config.methods.conadv
+  share = int(numbers.adversarial_fraction * (count // number))
+  attacked = number * max(1, share)
+  if is_fast:
+    clean = count - attacked
+    return {'attack': attacked, 'adversarial': attacked, 'main': clean}
+  trained = dict.fromkeys(('main', *method.branches), count)
+  if 'adversarial' in trained:
+    trained['adversarial'] = attacked
+  return trained
 
 
 def normalize(
@@ -136,6 +144,30 @@ def normalize(
   mean = jnp.asarray(config.mean, jnp.float32).reshape(1, 1, 1, -1)
   std = jnp.asarray(config.std, jnp.float32).reshape(1, 1, 1, -1)
   return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def make_inputs(config: ml_collections.ConfigDict) -> Inputs:
+  """What an attack perturbs: the normalized images of a batch."""
+  return (
+    lambda batch: normalize(batch['image'], config.data),
+    lambda batch, image: {**batch, 'image': image},
+  )
+
+
+def make_ball(
+  config: ml_collections.ConfigDict, epsilon: Any
+) -> conadv.Normalized:
+  """Radius and bounds of an attack on normalized images.
+
+  Args:
+    config: of the run.
+    epsilon: the radius for pixels in [0, 1].
+  """
+  return conadv.normalized(
+    epsilon,
+    jnp.asarray(config.data.mean, jnp.float32),
+    jnp.asarray(config.data.std, jnp.float32),
+  )
 
 
 def make_loss(
@@ -221,27 +253,16 @@ def make_group_gradient(
 ) -> conadv.GradientFunction:
   """The gradient on the batch of one group.
 
-  ConAdv's attack steps towards a random wrong class: an attack away from the
-  true label of the batch trained on would leak it through the batch's
-  statistics. A reused gradient can only be that of the training loss, so
-  `conadv_reuse` and `fast_advprop` attack the true label, the first from the
-  clean image.
+  ConAdv's attack steps towards a random wrong class, unless the config says
+  otherwise: an attack away from the true label of the batch trained on would
+  leak it through the batch's statistics. A reused gradient can only be that of
+  the training loss, so `conadv_reuse` and `fast_advprop` attack the true label,
+  the first from the clean image.
   """
   loss_fn = make_loss(model, config)
   method, numbers = METHODS[config.method], config.methods
 
-  # What an attack perturbs is the normalized image.
-  inputs = (
-    lambda batch: normalize(batch['image'], config.data),
-    lambda batch, image: {**batch, 'image': image},
-  )
-
-  def normalized(pixels: float) -> conadv.Normalized:
-    return conadv.normalized(
-      pixels,
-      jnp.asarray(config.data.mean, jnp.float32),
-      jnp.asarray(config.data.std, jnp.float32),
-    )
+  inputs = make_inputs(config)
 
   if method.gradient == 'plain':
     [view] = method.images
@@ -253,7 +274,7 @@ def make_group_gradient(
       has_aux=True,
     )
   if method.gradient == 'absa':
-    epsilon, bounds = normalized(numbers.absa.epsilon)
+    epsilon, bounds = make_ball(config, numbers.absa.epsilon)
     return _absa_gradient(
       loss_fn,
       make_evaluation_loss(model, config),
@@ -262,7 +283,7 @@ def make_group_gradient(
       numbers.absa.adversarial_fraction,
     )
   if method.gradient == 'fast_advprop':
-    epsilon, bounds = normalized(numbers.fast_advprop.epsilon / 255)
+    epsilon, bounds = make_ball(config, numbers.fast_advprop.epsilon / 255)
     return conadv.fast_advprop(
       loss_fn,
       attack=conadv.pgd(epsilon, bounds=bounds),
@@ -272,12 +293,16 @@ def make_group_gradient(
       has_state=True,
       has_aux=True,
     )
-  epsilon, bounds = normalized(config.attack.epsilon / 255)
+  epsilon, bounds = make_ball(config, config.attack.epsilon / 255)
   pgd = conadv.pgd(
     epsilon,
     start_from_clean=config.attack.start_from_clean,
     bounds=bounds,
-    targets=conadv.random_targets(model.num_classes),
+    targets=(
+      conadv.random_targets(model.num_classes)
+      if numbers.conadv.targets == 'random'
+      else None
+    ),
   )
   arguments: dict[str, dict[str, Any]] = {
     'advprop': {'staleness': 0, 'attack': pgd},
@@ -296,6 +321,7 @@ def make_group_gradient(
   return conadv.wrap(
     loss_fn,
     inputs=inputs,
+    adversarial_fraction=numbers.conadv.adversarial_fraction,
     has_state=True,
     has_aux=True,
     **arguments[method.gradient],
@@ -306,7 +332,7 @@ def _absa_gradient(
   loss_fn: Callable[..., Any],
   evaluation_loss: Callable[[Any, Any, Batch], jax.Array],
   attack: conadv.Attack,
-  inputs: tuple[Callable[[Batch], jax.Array], Callable[..., Batch]],
+  inputs: Inputs,
   adversarial_fraction: float,
 ) -> conadv.GradientFunction:
   """The plain gradient on a batch whose first part is adversarial.

@@ -18,6 +18,28 @@ import jax.numpy as jnp
 Layer = Callable[..., Any]
 
 
+class PlainBlock(nn.Module):
+  """A 3x3 convolution, no shortcut; (B, H, W, C) to (B, H', W', filters).
+
+  Attributes:
+    filters: channels of the result.
+    stride: of the convolution; H' = H / stride.
+    conv: factory of convolutions.
+    norm: factory of norm layers.
+  """
+
+  filters: int
+  stride: int
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """The block's output for `x`."""
+    x = self.conv(self.filters, (3, 3), (self.stride, self.stride))(x)
+    return nn.relu(self.norm()(x))
+
+
 class BasicBlock(nn.Module):
   """Two 3x3 convolutions and a shortcut; (B, H, W, C) to (B, H', W', filters).
 
@@ -77,6 +99,7 @@ class BottleneckBlock(nn.Module):
 
 
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
+  'plain': PlainBlock,
   'basic': BasicBlock,
   'bottleneck': BottleneckBlock,
 }
@@ -93,8 +116,9 @@ class ResNet(nn.Module):
     stage_sizes: blocks of each stage; every stage after the first halves the
       image and doubles the channels.
     filters: channels of the first stage.
-    block: 'basic' or 'bottleneck'.
-    stem: 'imagenet' (7x7 of stride 2 and a pool of stride 2) or 'small' (3x3).
+    block: 'basic' or 'bottleneck'; 'plain' for a net without shortcuts.
+    stem: 'imagenet' (7x7 of stride 2 and a pool of stride 2), 'small' (3x3) or
+      'strided' (3x3 of stride 2).
     dtype: of the computation between input and logits.
   """
 
@@ -127,7 +151,8 @@ class ResNet(nn.Module):
       x = nn.relu(norm(name='stem_norm')(x))
       x = nn.max_pool(x, (3, 3), (2, 2), padding='SAME')
     else:
-      x = conv(self.filters, (3, 3), name='stem')(x)
+      strides = (2, 2) if self.stem == 'strided' else (1, 1)
+      x = conv(self.filters, (3, 3), strides, name='stem')(x)
       x = nn.relu(norm(name='stem_norm')(x))
     for stage, size in enumerate(self.stage_sizes):
       for index in range(size):

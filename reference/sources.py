@@ -1,9 +1,13 @@
 """Which images there are: the records that the input pipeline reads."""
 
 import bisect
+import contextlib
 import functools
+import gzip
 import itertools
+import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +21,9 @@ from reference import jpeg, shards
 
 EXTENSIONS = ('.jpg', '.jpeg')
 _DIGITS_HELD_OUT = 360
+# The file names of MNIST and of what takes its place.
+_IDX_SPLITS = ('train', 't10k')
+_IDX_IMAGES, _IDX_LABELS = 'images-idx3-ubyte.gz', 'labels-idx1-ubyte.gz'
 
 
 class Source(NamedTuple):
@@ -55,6 +62,58 @@ def digits() -> Source:
     held_out=list(zip(held_out, held_out_labels, strict=True)),
     read=lambda record: record,
     num_classes=10,
+  )
+
+
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+  data = b''
+  with contextlib.suppress(EOFError, OSError, zlib.error), gzip.open(path) as f:
+    data = f.read()
+  # Two zeros, 8 for uint8, the number of axes, and each axis's length.
+  header = 4 * (1 + axes)
+  if len(data) >= header:
+    magic, *shape = np.frombuffer(data[:header], '>i4').tolist()
+    if magic == 0x0800 + axes and len(data) - header == math.prod(shape):
+      return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+  raise ValueError(
+    f'A gzipped idx file of uint8 with {axes} axes must hold what its header '
+    f'says. Given {path}, which does not. Likely its copy broke off: `rm '
+    f'{path}`, and copy it again.'
+  )
+
+
+def idx_folder(folder: str) -> Source:
+  """Grey images in the four gzipped idx files of MNIST and Fashion-MNIST.
+
+  Raises:
+    ValueError: when a file is not there or is damaged.
+  """
+  names = [
+    f'{split}-{kind}'
+    for split in _IDX_SPLITS
+    for kind in (_IDX_IMAGES, _IDX_LABELS)
+  ]
+  missing = [name for name in names if not (Path(folder) / name).exists()]
+  if missing:
+    raise ValueError(
+      f'A folder of idx files must hold {", ".join(names)}. Given {folder!r}, '
+      f'in which {", ".join(missing)} is missing. For Fashion-MNIST on Debian: '
+      '`apt-get install dataset-fashion-mnist`; elsewhere '
+      'https://github.com/zalandoresearch/fashion-mnist has the files, and '
+      '`--config.data.folder=` says where they are.'
+    )
+
+  def records(split: str) -> list[tuple[np.ndarray, int]]:
+    images = _read_idx(Path(folder) / f'{split}-{_IDX_IMAGES}', 3)
+    labels = _read_idx(Path(folder) / f'{split}-{_IDX_LABELS}', 1)
+    return list(zip(images[..., None], labels.tolist(), strict=True))
+
+  train, held_out = map(records, _IDX_SPLITS)
+  return Source(
+    train=train,
+    held_out=held_out,
+    read=lambda record: record,
+    num_classes=1 + max(label for _, label in train),
   )
 
 
@@ -199,6 +258,8 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
   """
   if config.source == 'digits':
     return digits()
+  if config.source == 'idx_folder':
+    return idx_folder(config.folder)
   if config.source == 'array_record':
     return array_record(config.folder)
   return jpeg_folder(config.folder)

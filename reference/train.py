@@ -33,12 +33,13 @@ from reference import (
 _CHOICES = {
   'method': tuple(methods.METHODS),
   'queue_memory': ('device', 'host'),
-  'data.source': ('digits', 'jpeg_folder', 'array_record'),
+  'data.source': ('digits', 'idx_folder', 'jpeg_folder', 'array_record'),
   'data.crop': tuple(input_pipeline.TRAIN_CROPS),
   'data.eval_crop': tuple(input_pipeline.EVAL_CROPS),
   'data.on_bad_image': ('skip', 'stop'),
   'model.block': tuple(models.BLOCKS),
-  'model.stem': ('small', 'imagenet'),
+  'model.stem': ('small', 'strided', 'imagenet'),
+  'methods.conadv.targets': ('random', 'none'),
 }
 
 

@@ -184,8 +184,12 @@ def test_copies_are_crops_of_the_padded_image():
 
 def test_accuracies_count_what_each_branch_was_trained_on():
   """A model that always says 0, on nothing but zeros."""
-  for method in ('fast_advprop', 'batch_augment'):
-    config = tiny(method, batch_size=40)
+  for method, overrides in (
+    ('fast_advprop', {}),
+    ('batch_augment', {}),
+    ('advprop', {'methods.conadv.adversarial_fraction': 0.25}),
+  ):
+    config = tiny(method, batch_size=40, **overrides)
     state, take, place = start(config, devices=4, model=Small(), rate=0.0)
     params = jax.tree.map(jnp.copy, state.params)
     bias = conadv.dual_bn.main(params)['Dense_1']['bias']

@@ -108,3 +108,20 @@ def test_bfloat16_computes_and_float32_stays():
     assert leaf.dtype == jnp.float32
   hidden = computed['intermediates']['BasicBlock_1']['__call__'][0]
   assert hidden.dtype == jnp.bfloat16
+
+
+def test_plain_blocks_on_a_strided_stem_are_a_chain_of_convolutions():
+  model = make(block='plain', stem='strided', stage_sizes=(0, 1, 1))
+  variables, _, computed = shapes(model, 28)
+  outputs = {
+    name: values['__call__'][0].shape
+    for name, values in computed['intermediates'].items()
+    if name != '__call__'
+  }
+  assert outputs['stem'] == (2, 14, 14, 4)
+  assert outputs['PlainBlock_0'] == (2, 7, 7, 8)
+  assert outputs['PlainBlock_1'] == (2, 4, 4, 16)
+  kernels = 9 * (3 * 4 + 4 * 8 + 8 * 16)
+  norms, head = 2 * (4 + 8 + 16), 16 * 10 + 10
+  leaves = jax.tree.leaves(variables['params'])
+  assert sum(leaf.size for leaf in leaves) == kernels + norms + head

@@ -1,5 +1,6 @@
 """JPEGs and folders of them, against Pillow and hand-made damage."""
 
+import gzip
 import io
 import pickle
 import re
@@ -259,3 +260,72 @@ def test_digits_are_whole_and_disjoint():
     map(np.ndarray.tobytes, data.images), data.target.tolist(), strict=True
   )
   assert sorted(found) == sorted(expected)
+
+
+IDX_FILES = (
+  'train-images-idx3-ubyte.gz',
+  'train-labels-idx1-ubyte.gz',
+  't10k-images-idx3-ubyte.gz',
+  't10k-labels-idx1-ubyte.gz',
+)
+
+
+def write_idx(folder):
+  """Two training images and one held out, as MNIST's files hold them."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(256, size=(3, 4, 5), dtype=np.uint8)
+  labels = np.array([1, 0, 1], np.uint8)
+  for name, array in zip(
+    IDX_FILES, (images[:2], labels[:2], images[2:], labels[2:]), strict=True
+  ):
+    header = struct.pack(f'>HBB{array.ndim}i', 0, 8, array.ndim, *array.shape)
+    with gzip.open(folder / name, 'wb') as file:
+      file.write(header + array.tobytes())
+  return images, labels
+
+
+def test_idx_files_are_read(tmp_path):
+  images, labels = write_idx(tmp_path)
+  source = sources.idx_folder(str(tmp_path))
+  records = [source.read(x) for x in (*source.train, *source.held_out)]
+  assert (len(source.train), len(source.held_out)) == (2, 1)
+  assert source.num_classes == 2
+  for (image, label), expected, number in zip(
+    records, images, labels, strict=True
+  ):
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, expected[..., None])
+    assert (type(label), label) == (int, number)
+
+
+def test_missing_idx_files_are_named(tmp_path):
+  write_idx(tmp_path)
+  (tmp_path / IDX_FILES[3]).unlink()
+  with pytest.raises(ValueError) as error:
+    sources.idx_folder(str(tmp_path))
+  for name in IDX_FILES:
+    assert name in str(error.value)
+  assert f'in which {IDX_FILES[3]} is missing' in str(error.value)
+  assert 'apt-get install dataset-fashion-mnist' in str(error.value)
+
+
+@pytest.mark.parametrize('name', IDX_FILES)
+@pytest.mark.parametrize('kept', [0, 3, 8, -1])
+def test_damaged_idx_files_are_named(tmp_path, name, kept):
+  write_idx(tmp_path)
+  with gzip.open(tmp_path / name) as file:
+    data = file.read()
+  with gzip.open(tmp_path / name, 'wb') as file:
+    file.write(data[:kept])
+  with pytest.raises(ValueError) as error:
+    sources.idx_folder(str(tmp_path))
+  assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_torn_gzip_file_is_named(tmp_path):
+  write_idx(tmp_path)
+  path = tmp_path / IDX_FILES[0]
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ValueError) as error:
+    sources.idx_folder(str(tmp_path))
+  assert str(path) in str(error.value)

@@ -9,6 +9,10 @@ from typing import Any
 def make_section() -> dict[str, dict[str, Any]]:
   """The `methods` part of a config; each part is named after its method."""
   return {
+    # Of every method that attacks for a branch of its own: how much of a batch
+    # is attacked, and towards what: a random wrong class, or away from the
+    # label. The reused gradient allows the second alone.
+    'conadv': {'adversarial_fraction': 1.0, 'targets': 'random'},
     # Foret et al., https://arxiv.org/abs/2010.01412.
     'sam': {'radius': 0.05},
     # Liu et al., https://arxiv.org/abs/2203.02714; the radius is SAM's.
