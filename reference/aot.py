@@ -104,7 +104,7 @@ class Account(NamedTuple):
     temporaries: bytes of what lives within the step, activations most of all.
     code: bytes of the program.
     flops: floating point operations.
-    seconds: estimated.
+    seconds: estimated; negative for v4, where the compiler has no estimate.
     collectives: how many of a kind, and the bytes of their results.
   """
 
@@ -299,10 +299,17 @@ def print_account(
   print(f'  {"FLOPs":<18}{needs.flops:>16,.0f}')
   for name, (count, size) in needs.collectives.items():
     print(f'  {name:<18}{size:>16,} bytes in {count}')
-  print(
-    f'  {"a step":<18}{needs.seconds:>16.4f} seconds, '
-    f'{config.batch_size / needs.seconds:,.0f} images/s on the slice'
-  )
+  if needs.seconds > 0:
+    print(
+      f'  {"a step":<18}{needs.seconds:>16.4f} seconds, '
+      f'{_rate(config, needs):,.0f} images/s on the slice'
+    )
+  else:
+    print(f'  {"a step":<18}{"no estimate of its seconds":>16}')
+
+
+def _rate(config: ml_collections.ConfigDict, needs: Account) -> float:
+  return config.batch_size / needs.seconds
 
 
 def table_row(
@@ -322,8 +329,8 @@ def table_row(
     'in all, GiB': f'{needs.memory / _GIB:.2f} of {limit}',
     'TFLOPs': f'{needs.flops / 1e12:.2f}',
     'all-reduced, MB': f'{reduced / 1e6:.0f}',
-    's a step': f'{needs.seconds:.3f}',
-    'images/s': f'{config.batch_size / needs.seconds:,.0f}',
+    's a step': f'{needs.seconds:.3f}' if needs.seconds > 0 else '',
+    'images/s': f'{_rate(config, needs):,.0f}' if needs.seconds > 0 else '',
     'jax': jax.__version__,
   }
 

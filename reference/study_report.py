@@ -36,20 +36,6 @@ COMPARISONS = (
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
 )
-_TEXTS = {
-  'cell',
-  'study',
-  'kind',
-  'variant',
-  'method',
-  'targets',
-  'augmentation',
-  'accuracy_by_epoch',
-  'command',
-  'commit',
-  'versions',
-  'hardware',
-}
 _WHAT_AN_ABLATION_CHANGES = (
   'method',
   'staleness',
@@ -60,14 +46,17 @@ _WHAT_AN_ABLATION_CHANGES = (
 )
 
 
+def _value(text: str) -> float | str:
+  try:
+    return float(text)
+  except ValueError:
+    return text
+
+
 def read(path: Path) -> list[Row]:
   """The rows, numbers as such; what a row does not have is left out."""
   return [
-    {
-      name: value if name in _TEXTS else float(value)
-      for name, value in row.items()
-      if value
-    }
+    {name: _value(text) for name, text in row.items() if text}
     for row in study.read_rows(path)
   ]
 
@@ -212,7 +201,7 @@ def comparison_table(groups: dict[Group, list[Row]]) -> str:
 def trial_table(rows: Iterable[Row]) -> str:
   """Validation accuracy of every peak that was tried."""
   tried: dict[Group, list[str]] = {}
-  for row in rows:
+  for row in sorted(rows, key=lambda row: row['peak']):
     if row['kind'] == 'trial':
       accuracy = f'{100 * row["accuracy"]:.2f}' if 'accuracy' in row else '-'
       group = row['variant'], int(row['batch_size'])
@@ -220,26 +209,16 @@ def trial_table(rows: Iterable[Row]) -> str:
   return table(
     ('variant', 'batch', 'peak: validation, %'),
     [
-      (f'`{variant}`', f'{batch_size:,}', ', '.join(sorted(cells, key=_number)))
+      (f'`{variant}`', f'{batch_size:,}', ', '.join(cells))
       for (variant, batch_size), cells in tried.items()
     ],
   )
 
 
-def _number(text: str) -> float:
-  return float(text.split(':')[0])
-
-
 def ablation(
   groups: dict[Group, list[Row]], parent: str, *fields: str
 ) -> list[list[Row]]:
-  """At the largest batch, the variants that differ from one in these fields.
-
-  Args:
-    groups: of the final rows.
-    parent: the variant.
-    fields: in which another may differ from it.
-  """
+  """At the largest batch, the variants like the parent but in these fields."""
   largest = max(size for _, size in groups)
   like = groups.get((parent, largest))
   if like is None:
@@ -423,10 +402,7 @@ def report(rows: Sequence[Row]) -> str:
   groups = finals(rows)
   parts = []
   for batch_size in sorted({size for _, size in groups}):
-    parts += [
-      f'### Batch {batch_size:,}',
-      accuracy_table(groups, batch_size),
-    ]
+    parts += [f'### Batch {batch_size:,}', accuracy_table(groups, batch_size)]
   parts += ['### Differences', comparison_table(groups)]
   if groups:
     for name, found in effects(groups).items():

@@ -281,6 +281,15 @@ def test_the_table_has_a_row_for_every_run_and_goes_on(
   )
   assert len(rest) > 10
 
+  config = imagenet_96k.get_config()
+  row = aot.table_row(
+    config,
+    'v4:4x8x8',
+    aot.make_mesh('v4:4x8x8', config.batch_size),
+    needs._replace(seconds=-99.7),
+  )
+  assert row['s a step'] == row['images/s'] == ''
+
   monkeypatch.setattr(jax, '__version__', 'another')
   compiled.clear()
   aot.print_table(path)
