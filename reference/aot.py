@@ -104,7 +104,7 @@ class Account(NamedTuple):
     temporaries: bytes of what lives within the step, activations most of all.
     code: bytes of the program.
     flops: floating point operations.
-    seconds: estimated; negative for v4, where the compiler has no estimate.
+    seconds: estimated; not positive where the compiler has none, as for v4.
     collectives: how many of a kind, and the bytes of their results.
   """
 
