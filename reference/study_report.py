@@ -16,7 +16,7 @@ from absl import app, flags
 from matplotlib import pyplot as plt
 
 from reference import study
-from reference.benchmarks import figures
+from reference.benchmarks import figures, measure
 
 Row = dict[str, Any]
 Group = tuple[str, int]
@@ -46,17 +46,10 @@ _WHAT_AN_ABLATION_CHANGES = (
 )
 
 
-def _value(text: str) -> float | str:
-  try:
-    return float(text)
-  except ValueError:
-    return text
-
-
 def read(path: Path) -> list[Row]:
   """The rows, numbers as such; what a row does not have is left out."""
   return [
-    {name: _value(text) for name, text in row.items() if text}
+    {name: measure.to_number(text) for name, text in row.items() if text}
     for row in study.read_rows(path)
   ]
 

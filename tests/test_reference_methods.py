@@ -353,3 +353,27 @@ def test_a_single_group_cannot_be_compared(config):
 def test_a_memory_that_does_not_exist():
   with pytest.raises(ValueError, match=r'device, host.*queue_memory=host`'):
     train.check_choices(tiny('conadv', queue_memory='hosts'))
+
+
+@pytest.mark.parametrize('fraction', [0.2, 1.0])
+@pytest.mark.parametrize('targets', ['random', 'none'])
+def test_fraction_and_targets_reach_the_attack(monkeypatch, fraction, targets):
+  attacks, wrapped = [], []
+
+  def pgd(*args, pgd=conadv.pgd, **keywords):
+    attacks.append(keywords)
+    return pgd(*args, **keywords)
+
+  def wrap(*args, **keywords):
+    wrapped.append(keywords)
+
+  monkeypatch.setattr(conadv, 'pgd', pgd)
+  monkeypatch.setattr(conadv, 'wrap', wrap)
+  config = tiny('conadv')
+  config.methods.conadv.adversarial_fraction = fraction
+  config.methods.conadv.targets = targets
+  model = train.make_model(config, num_classes=10)
+  methods.make_group_gradient(model, config)
+  [attack], [arguments] = attacks, wrapped
+  assert arguments['adversarial_fraction'] == fraction
+  assert (attack['targets'] is None) == (targets == 'none')

@@ -269,17 +269,19 @@ def write_csv(path: Path, rows: Sequence[Figures]) -> None:
     writer.writerows(rows)
 
 
+def to_number(text: str) -> float | str:
+  """A cell of a CSV: a number where it is one."""
+  try:
+    return float(text)
+  except ValueError:
+    return text
+
+
 def read_csv(path: Path) -> list[Figures]:
   """The rows of `write_csv`, numbers as numbers."""
 
-  def parse(text: str) -> float | str:
-    try:
-      return float(text)
-    except ValueError:
-      return text
-
   with path.open(newline='') as file:
     return [
-      {name: parse(text) for name, text in row.items() if text}
+      {name: to_number(text) for name, text in row.items() if text}
       for row in csv.DictReader(file)
     ]

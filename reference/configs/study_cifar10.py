@@ -14,9 +14,8 @@ of the plain run the net takes 1.2 GFLOPs.
 
 import ml_collections
 
-from reference.configs import methods
+from reference.configs import methods, variants
 
-_CONADV = {'method': 'conadv'}
 _RESIZE = {'crop': 'resize', 'flip': False}
 
 
@@ -104,24 +103,11 @@ def get_config() -> ml_collections.ConfigDict:
           'conadv_untargeted': 'conadv',
         },
         'overrides': {
-          'vanilla': {},
-          'advprop': {'method': 'advprop'},
-          'conadv': _CONADV,
-          'conadv_tau_4': {**_CONADV, 'staleness': 4},
-          'conadv_tau_16': {**_CONADV, 'staleness': 16},
-          'conadv_epsilon_8': {**_CONADV, 'attack': {'epsilon': 8.0}},
-          'conadv_untargeted': {
-            **_CONADV,
-            'methods': {'conadv': {'targets': 'none'}},
-          },
-          'conadv_fraction': {
-            **_CONADV,
-            'methods': {'conadv': {'adversarial_fraction': 0.2}},
-          },
-          'conadv_reuse': {'method': 'conadv_reuse'},
+          **variants.make_section(),
+          'conadv_epsilon_8': {**variants.CONADV, 'attack': {'epsilon': 8.0}},
           # Of crops and flips, which every other variant has.
           'plain_images': {'data': _RESIZE},
-          'conadv_plain_images': {**_CONADV, 'data': _RESIZE},
+          'conadv_plain_images': {**variants.CONADV, 'data': _RESIZE},
           # Eight micro-batches, between which the gradients are compared.
           'vrgd': {'method': 'vrgd', 'accumulate': 8},
           'sam': {'method': 'sam'},

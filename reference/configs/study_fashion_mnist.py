@@ -24,7 +24,10 @@ Results: docs/results.md.
 
 import ml_collections
 
-from reference.configs import methods
+from reference.configs import methods, variants
+
+_REUSE = {'method': 'conadv_reuse'}
+_AUGMENTED = {'crop': 'pad', 'flip': True}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -117,46 +120,21 @@ def get_config() -> ml_collections.ConfigDict:
           'conadv_reuse_epsilon_16': 'conadv_reuse',
         },
         'overrides': {
-          'vanilla': {},
-          'advprop': {'method': 'advprop'},
-          'conadv': {'method': 'conadv'},
-          'conadv_tau_2': {'method': 'conadv', 'staleness': 2},
-          'conadv_tau_4': {'method': 'conadv', 'staleness': 4},
-          'conadv_tau_16': {'method': 'conadv', 'staleness': 16},
-          'conadv_epsilon_4': {'method': 'conadv', 'attack': {'epsilon': 4.0}},
-          'conadv_epsilon_16': {
-            'method': 'conadv',
-            'attack': {'epsilon': 16.0},
-          },
-          'conadv_untargeted': {
-            'method': 'conadv',
-            'methods': {'conadv': {'targets': 'none'}},
-          },
+          **variants.make_section(),
+          'conadv_tau_2': {**variants.CONADV, 'staleness': 2},
+          'conadv_epsilon_4': {**variants.CONADV, 'attack': {'epsilon': 4.0}},
+          'conadv_epsilon_16': {**variants.CONADV, 'attack': {'epsilon': 16.0}},
           # As the reused gradient attacks: the true label, the clean image.
           'conadv_fgsm': {
-            'method': 'conadv',
+            **variants.CONADV,
             'methods': {'conadv': {'targets': 'none'}},
             'attack': {'start_from_clean': 1.0},
           },
-          'conadv_fraction': {
-            'method': 'conadv',
-            'methods': {'conadv': {'adversarial_fraction': 0.2}},
-          },
-          'conadv_reuse': {'method': 'conadv_reuse'},
-          'conadv_reuse_tau_4': {'method': 'conadv_reuse', 'staleness': 4},
-          'conadv_reuse_epsilon_4': {
-            'method': 'conadv_reuse',
-            'attack': {'epsilon': 4.0},
-          },
-          'conadv_reuse_epsilon_16': {
-            'method': 'conadv_reuse',
-            'attack': {'epsilon': 16.0},
-          },
-          'augmentation': {'data': {'crop': 'pad', 'flip': True}},
-          'conadv_augmentation': {
-            'method': 'conadv',
-            'data': {'crop': 'pad', 'flip': True},
-          },
+          'conadv_reuse_tau_4': {**_REUSE, 'staleness': 4},
+          'conadv_reuse_epsilon_4': {**_REUSE, 'attack': {'epsilon': 4.0}},
+          'conadv_reuse_epsilon_16': {**_REUSE, 'attack': {'epsilon': 16.0}},
+          'augmentation': {'data': _AUGMENTED},
+          'conadv_augmentation': {**variants.CONADV, 'data': _AUGMENTED},
         },
       },
     }
