@@ -89,8 +89,8 @@ def get_config() -> ml_collections.ConfigDict:
         'train_images': 2000,
         'validation_images': 6000,
         'batch_sizes': (50, 500),
-        # The trials of every variant, for each batch size. With 32 at a batch of
-        # 50 every variant ends at chance.
+        # The trials of every variant, for each batch size. At a batch of 50 all
+        # end at chance with 32.
         'peaks': ((4.0, 8.0, 16.0), (8.0, 16.0, 32.0)),
         'seeds': 5,
         'evaluate_every': 20,  # epochs
