@@ -141,6 +141,13 @@ def test_effects_vary_one_field(rows):
   assert names['epsilon'] == ['conadv', 'conadv_epsilon_16']
   assert names['reuse'] == ['conadv_reuse']
 
+  # With another peak the difference would be the peak's too.
+  moved = [
+    row | {'peak': 8.0} if row['variant'] == 'advprop' else row for row in rows
+  ]
+  found = study_report.effects(study_report.finals(moved))
+  assert 'advprop' not in [group[0]['variant'] for group in found['staleness']]
+
 
 def test_two_rows_of_a_seed_are_refused(rows):
   with pytest.raises(ValueError) as error:

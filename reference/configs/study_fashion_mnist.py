@@ -6,7 +6,7 @@
 
 2,000 images are trained on, so that the plain run fits them in a minute or so
 and loses on the test images: 60 epochs are 2,400 steps of 50 and 240 of 500. A
-plain run is 120,000 images forward and backward. The grid is 64 trials and 125
+plain run is 120,000 images forward and backward. The grid is 64 trials and 140
 final runs.
 
 The same net on all images, to compare with what others report:
@@ -109,6 +109,11 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         # At the largest batch, with the peak of the variant named.
         'ablations': {
+          # Which of two good peaks is taken is chance, and no part of the
+          # effect of staleness.
+          'advprop_same_peak': 'conadv',
+          'conadv_tau_4_same_peak': 'conadv',
+          'conadv_peak_of_advprop': 'advprop',
           'conadv_tau_2': 'conadv',
           'conadv_tau_16': 'conadv',
           'conadv_epsilon_4': 'conadv',
@@ -121,6 +126,9 @@ def get_config() -> ml_collections.ConfigDict:
         },
         'overrides': {
           **variants.make_section(),
+          'advprop_same_peak': {'method': 'advprop'},
+          'conadv_tau_4_same_peak': {**variants.CONADV, 'staleness': 4},
+          'conadv_peak_of_advprop': variants.CONADV,
           'conadv_tau_2': {**variants.CONADV, 'staleness': 2},
           'conadv_epsilon_4': {**variants.CONADV, 'attack': {'epsilon': 4.0}},
           'conadv_epsilon_16': {**variants.CONADV, 'attack': {'epsilon': 16.0}},
