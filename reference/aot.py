@@ -104,7 +104,7 @@ class Account(NamedTuple):
     temporaries: bytes of what lives within the step, activations most of all.
     code: bytes of the program.
     flops: floating point operations.
-    seconds: estimated; not positive where the compiler has none, as for v4.
+    seconds: estimated; None where the compiler has no estimate, as for v4.
     collectives: how many of a kind, and the bytes of their results.
   """
 
@@ -114,7 +114,7 @@ class Account(NamedTuple):
   temporaries: int
   code: int
   flops: float
-  seconds: float
+  seconds: float | None
   collectives: dict[str, tuple[int, int]]
 
   @property
@@ -261,6 +261,8 @@ def account(compiled: jax.stages.Compiled) -> Account:
   assert memory is not None
   assert cost is not None
   assert text is not None
+  # What it has no estimate of is negative.
+  seconds = cost['optimal_seconds']
   return Account(
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes,
@@ -268,7 +270,7 @@ def account(compiled: jax.stages.Compiled) -> Account:
     temporaries=memory.temp_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
     flops=cost['flops'],
-    seconds=cost['optimal_seconds'],
+    seconds=seconds if seconds > 0 else None,
     collectives=count_collectives(text),
   )
 
@@ -299,17 +301,14 @@ def print_account(
   print(f'  {"FLOPs":<18}{needs.flops:>16,.0f}')
   for name, (count, size) in needs.collectives.items():
     print(f'  {name:<18}{size:>16,} bytes in {count}')
-  if needs.seconds > 0:
-    print(
-      f'  {"a step":<18}{needs.seconds:>16.4f} seconds, '
-      f'{_rate(config, needs):,.0f} images/s on the slice'
-    )
-  else:
+  if needs.seconds is None:
     print(f'  {"a step":<18}{"no estimate of its seconds":>16}')
-
-
-def _rate(config: ml_collections.ConfigDict, needs: Account) -> float:
-  return config.batch_size / needs.seconds
+  else:
+    rate = config.batch_size / needs.seconds
+    print(
+      f'  {"a step":<18}{needs.seconds:>16.4f} seconds, {rate:,.0f} images/s '
+      'on the slice'
+    )
 
 
 def table_row(
@@ -318,6 +317,10 @@ def table_row(
   """The account of a step as a line of the table, by column."""
   limit = HBM_GIB[mesh.devices.flat[0].device_kind]
   reduced = needs.collectives.get('all-reduce', (0, 0))[1]
+  seconds = rate = ''
+  if needs.seconds is not None:
+    seconds = f'{needs.seconds:.3f}'
+    rate = f'{config.batch_size / needs.seconds:,.0f}'
   return {
     'method': f'`{config.method}`',
     'batch': f'{config.batch_size:,}',
@@ -329,8 +332,8 @@ def table_row(
     'in all, GiB': f'{needs.memory / _GIB:.2f} of {limit}',
     'TFLOPs': f'{needs.flops / 1e12:.2f}',
     'all-reduced, MB': f'{reduced / 1e6:.0f}',
-    's a step': f'{needs.seconds:.3f}' if needs.seconds > 0 else '',
-    'images/s': f'{_rate(config, needs):,.0f}' if needs.seconds > 0 else '',
+    's a step': seconds,
+    'images/s': rate,
     'jax': jax.__version__,
   }
 

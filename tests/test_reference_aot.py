@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -235,6 +236,23 @@ def test_an_asynchronous_collective_counts_once():
   }
 
 
+@pytest.mark.parametrize(('told', 'seconds'), [(0.25, 0.25), (-99.7, None)])
+def test_seconds_that_the_compiler_does_not_know(told, seconds):
+  memory = types.SimpleNamespace(
+    argument_size_in_bytes=1,
+    output_size_in_bytes=1,
+    alias_size_in_bytes=1,
+    temp_size_in_bytes=1,
+    generated_code_size_in_bytes=1,
+  )
+  compiled = types.SimpleNamespace(
+    memory_analysis=lambda: memory,
+    cost_analysis=lambda: {'flops': 1.0, 'optimal_seconds': told},
+    as_text=lambda: 'ENTRY %main () -> f32[] {\n}',
+  )
+  assert aot.account(compiled).seconds == seconds
+
+
 def test_the_table_has_a_row_for_every_run_and_goes_on(
   monkeypatch, capsys, tmp_path
 ):
@@ -286,7 +304,7 @@ def test_the_table_has_a_row_for_every_run_and_goes_on(
     config,
     'v4:4x8x8',
     aot.make_mesh('v4:4x8x8', config.batch_size),
-    needs._replace(seconds=-99.7),
+    needs._replace(seconds=None),
   )
   assert row['s a step'] == row['images/s'] == ''
 

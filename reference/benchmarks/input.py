@@ -61,7 +61,7 @@ BOTH = ('image', 'image_augmented')
 NEEDED = {
   'conadv': (ONE, 8 * 96 / 0.207),
   'conadv_reuse': (ONE, 8 * 96 / 0.153),
-  'conadv_autoaugment': (TWO, 8 * 96 / 0.282),
+  'conadv_autoaugment': (TWO, 8 * 96 / 0.281),
 }
 _CORES = os.cpu_count() or 1
 _IMAGENET = 1_281_167
