@@ -19,6 +19,7 @@ _COLORS = {
   'training backward': (CLEAN, 'training, backward'),
   'attack forward': ('#f0b083', 'attack, forward'),
   'attack backward': (ADVERSARIAL, 'attack, backward'),
+  'attack pixels': ('#9c4508', 'attack, backward to the pixels'),
   'other': (OTHER, 'all else'),
 }
 # Of the schedule's figure, and the roles of each.

@@ -28,9 +28,9 @@ def read(text: str) -> list[Schedule]:
     text: of a program for TPUs, as the compiler prints it.
 
   Returns:
-    Runs of operations of one kind: 'attack forward', 'attack backward',
-    'training forward', 'training backward', and 'other', which lies between and
-    after them.
+    Runs of operations of one kind: 'attack forward', 'attack backward' and its
+    last part, 'attack pixels', 'training forward', 'training backward', and
+    'other', which lies between and after them.
   """
   computations: dict[str, list[str]] = {}
   entry = lines = None
@@ -100,7 +100,11 @@ def _kind(name: str) -> str:
   if 'jvp(' not in name:
     return 'other'
   part = 'attack' if '/attack/' in name else 'training'
-  return f'{part} {"backward" if "transpose(jvp(" in name else "forward"}'
+  if 'transpose(jvp(' not in name:
+    return f'{part} forward'
+  # Of the first layer an attack needs the one gradient that training does not.
+  is_pixels = part == 'attack' and '/stem/' in name
+  return 'attack pixels' if is_pixels else f'{part} backward'
 
 
 def _merge(operations: Schedule) -> Schedule:
