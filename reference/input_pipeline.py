@@ -32,9 +32,8 @@ from reference import augment, autoaugment, jpeg, sources
 Element = dict[str, Any]
 # Unreadable images by path, with the reason.
 Skipped = dict[str, str]
-# Rows of a batch, stacked by name, and what was unreadable among them. Nothing
-# is stacked where no row is left.
-Piece = tuple[Element, Skipped]
+# Rows of a batch, and what was unreadable among them.
+Piece = tuple[list[Element], Skipped]
 
 # At most so many rows of a batch are one task for a thread.
 _PIECE = 32
@@ -96,9 +95,27 @@ class _Pieces(grain.MapDataset):
         skipped[error.path] = error.reason
         if self._replacement is not None:
           rows.append(self._replacement)
-    names = list(rows[0]) if rows else []
-    stacked = {name: np.stack([row[name] for row in rows]) for name in names}
-    return stacked, skipped
+    return rows, skipped
+
+
+def _stack(rows: Sequence[Element]) -> Element:
+  names = list(rows[0]) if rows else []
+  return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def _pack(piece: Piece) -> tuple[Element, Skipped]:
+  """A piece as few large arrays, which travel between processes."""
+  rows, skipped = piece
+  return _stack(rows), skipped
+
+
+def _unpack(packed: tuple[Element, Skipped]) -> Piece:
+  """The piece again. Its rows are views of memory shared with a worker."""
+  arrays, skipped = packed
+  arrays = {name: np.asarray(array) for name, array in arrays.items()}
+  count = len(arrays['label']) if arrays else 0
+  rows = [{name: x[i] for name, x in arrays.items()} for i in range(count)]
+  return rows, skipped
 
 
 class _Batches(grain.DatasetIterator):
@@ -120,28 +137,23 @@ class _Batches(grain.DatasetIterator):
     self._receive = receive
     self._piece, self._row = 0, 0
     self._pieces: grain.DatasetIterator | None = None
-    self._rows: Element | None = None
+    self._rows: list[Element] | None = None
 
   def __next__(self) -> Element:
     if self._pieces is None:
       self._pieces = self._open_pieces(self._piece)
-    parts: list[Element] = []
-    missing = self._batch_size
-    while missing:
+    rows: list[Element] = []
+    while missing := self._batch_size - len(rows):
       if self._rows is None:
         self._rows, skipped = next(self._pieces)
         self._receive(skipped)
-      count = len(self._rows['label']) if self._rows else 0
-      stop = min(count, self._row + missing)
-      if stop > self._row:
-        part = slice(self._row, stop)
-        # A worker's memory goes when its rows do: the batch must be a copy.
-        parts.append({k: np.asarray(x)[part] for k, x in self._rows.items()})
-        missing -= stop - self._row
-      self._row = stop
-      if stop == count:
+      end = self._row + missing
+      rows += self._rows[self._row : end]
+      self._row = end
+      if end >= len(self._rows):
         self._rows, self._row, self._piece = None, 0, self._piece + 1
-    return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+    # The only copy of pixels that no worker made.
+    return _stack(rows)
 
   def get_state(self) -> dict[str, int]:
     return {'piece': self._piece, 'row': self._row}
@@ -293,18 +305,19 @@ def _batched(
     flags.FLAGS.mark_as_parsed()
 
   def open_pieces(first: int) -> grain.DatasetIterator:
-    made = pieces.slice(slice(first, None)).to_iter_dataset(
+    rest = pieces.slice(slice(first, None))
+    made = (rest.map(_pack) if workers else rest).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     )
     made = grain.experimental.WithOptionsIterDataset(
       made, grain.experimental.DatasetOptions(min_shm_size=_SMALL)
     )
-    return iter(
-      made.mp_prefetch(
+    if workers:
+      made = made.mp_prefetch(
         grain.MultiprocessingOptions(workers, per_worker_buffer_size=1),
         worker_init_fn=_start_worker,
-      )
-    )
+      ).map(_unpack)
+    return iter(made)
 
   return grain.experimental.ThreadPrefetchDatasetIterator(
     _Batches(open_pieces, config.batch_size // hosts, receive),
