@@ -248,6 +248,21 @@ def make_gradient(
   return grad_fn if mesh.size == 1 else conadv.data_parallel(grad_fn, mesh)
 
 
+def make_attacks(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> tuple[conadv.Attack, conadv.Attack]:
+  """The attack of an attack pass, and that of a reused gradient."""
+  epsilon, bounds = make_ball(config, config.attack.epsilon / 255)
+  is_targeted = config.methods.conadv.targets == 'random'
+  pgd = conadv.pgd(
+    epsilon,
+    start_from_clean=config.attack.start_from_clean,
+    bounds=bounds,
+    targets=conadv.random_targets(num_classes) if is_targeted else None,
+  )
+  return pgd, conadv.fgsm(epsilon, bounds=bounds)
+
+
 def make_group_gradient(
   model: models.ResNet, config: ml_collections.ConfigDict
 ) -> conadv.GradientFunction:
@@ -293,23 +308,13 @@ def make_group_gradient(
       has_state=True,
       has_aux=True,
     )
-  epsilon, bounds = make_ball(config, config.attack.epsilon / 255)
-  pgd = conadv.pgd(
-    epsilon,
-    start_from_clean=config.attack.start_from_clean,
-    bounds=bounds,
-    targets=(
-      conadv.random_targets(model.num_classes)
-      if numbers.conadv.targets == 'random'
-      else None
-    ),
-  )
+  pgd, fgsm = make_attacks(config, model.num_classes)
   arguments: dict[str, dict[str, Any]] = {
     'advprop': {'staleness': 0, 'attack': pgd},
     'conadv': {'staleness': config.staleness, 'attack': pgd},
     'conadv_reuse': {
       'staleness': config.staleness,
-      'attack': conadv.fgsm(epsilon, bounds=bounds),
+      'attack': fgsm,
       'reuse_gradient': True,
     },
     'conadv_autoaugment': {
