@@ -27,6 +27,11 @@ COMPARISONS = (
   ('advprop', 'vanilla', 'AdvProp against vanilla'),
   ('conadv_reuse', 'vanilla', 'reused gradient against vanilla'),
   ('conadv_reuse', 'conadv', 'reused gradient against an attack pass'),
+  (
+    'conadv_reuse_same_peak',
+    'conadv',
+    'the same with the peak of the attack pass',
+  ),
   ('conadv', 'advprop', 'staleness 1 against 0'),
   ('conadv', 'advprop_same_peak', 'the same with the peak of staleness 1'),
   (

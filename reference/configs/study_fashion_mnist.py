@@ -6,7 +6,7 @@
 
 2,000 images are trained on, so that the plain run fits them in a minute or so
 and loses on the test images: 60 epochs are 2,400 steps of 50 and 240 of 500. A
-plain run is 120,000 images forward and backward. The grid is 64 trials and 140
+plain run is 120,000 images forward and backward. The grid is 64 trials and 145
 final runs.
 
 The same net on all images, to compare with what others report:
@@ -109,10 +109,11 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         # At the largest batch, with the peak of the variant named.
         'ablations': {
-          # Which of two good peaks is taken is chance, and no part of the
-          # effect of staleness.
+          # Which of two good peaks is taken is chance, and no part of what a
+          # method does.
           'advprop_same_peak': 'conadv',
           'conadv_tau_4_same_peak': 'conadv',
+          'conadv_reuse_same_peak': 'conadv',
           'conadv_peak_of_advprop': 'advprop',
           'conadv_tau_2': 'conadv',
           'conadv_tau_16': 'conadv',
@@ -128,6 +129,7 @@ def get_config() -> ml_collections.ConfigDict:
           **variants.make_section(),
           'advprop_same_peak': {'method': 'advprop'},
           'conadv_tau_4_same_peak': {**variants.CONADV, 'staleness': 4},
+          'conadv_reuse_same_peak': _REUSE,
           'conadv_peak_of_advprop': variants.CONADV,
           'conadv_tau_2': {**variants.CONADV, 'staleness': 2},
           'conadv_epsilon_4': {**variants.CONADV, 'attack': {'epsilon': 4.0}},
