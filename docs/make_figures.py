@@ -29,6 +29,7 @@ from reference import (
   methods,
   sources,
   step,
+  study_report,
   train,
 )
 from reference.benchmarks import figures, measure
@@ -277,6 +278,8 @@ def main() -> None:
       # Several devices share the cores of a CPU, and their times say little.
       alone = [x for x in results if math.prod(ROWS[str(x['row'])].mesh) == 1]
       figures.draw_cost(FOLDER / path.stem, alone)
+  for path in sorted(DOCS.glob('study_*.csv')):
+    study_report.draw(study_report.read(path), FOLDER)
 
 
 if __name__ == '__main__':

@@ -115,7 +115,7 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def accuracy_table(groups: dict[Group, list[Row]], batch_size: int) -> str:
   """A line for each variant at a batch size."""
   lines = []
-  plain = statistics.fmean(
+  plain = statistics.median(
     values(groups.get(('vanilla', batch_size), []), 'seconds_a_step') or [1.0]
   )
   for (variant, size), rows in groups.items():

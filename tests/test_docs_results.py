@@ -1,0 +1,33 @@
+"""The tables of the results page are those that its CSVs give."""
+
+from pathlib import Path
+
+import pytest
+
+from reference import reused_loss, study_report
+from reference.benchmarks import measure
+
+DOCS = Path(__file__).parents[1] / 'docs'
+PAGE = (DOCS / 'results.md').read_text()
+
+
+def tables(text):
+  """Blocks of lines of Markdown that are a table."""
+  blocks = [block.strip() for block in text.split('\n\n')]
+  return [block for block in blocks if block.startswith('|')]
+
+
+@pytest.mark.parametrize(
+  'path', sorted(DOCS.glob('study_*.csv')), ids=lambda path: path.stem
+)
+def test_the_tables_of_a_study(path):
+  found = tables(study_report.report(study_report.read(path)))
+  assert found
+  for table in found:
+    assert table in PAGE
+
+
+def test_the_table_of_the_reused_gradient(capsys):
+  reused_loss.print_table(measure.read_csv(DOCS / 'reused_loss.csv'))
+  [table] = tables(capsys.readouterr().out)
+  assert table in PAGE
