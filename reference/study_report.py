@@ -47,6 +47,7 @@ COMPARISONS = (
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
 )
+_NO_BREAK = '\N{NO-BREAK SPACE}'
 # Points of accuracy below the best, in the figure of time.
 _SHOWN = 12.0
 _WHAT_AN_ABLATION_CHANGES = (
@@ -95,13 +96,14 @@ def values(rows: Iterable[Row], name: str) -> list[float]:
 
 
 def mean_text(numbers: Sequence[float], scale: float, digits: int) -> str:
-  """Mean and sample standard deviation, as 87.42 ± 0.15."""
+  """Mean and sample standard deviation, as 87.42 ± 0.15 on one line."""
   if not numbers:
     return ''
   mean = f'{scale * statistics.fmean(numbers):.{digits}f}'
   if len(numbers) == 1:
     return mean
-  return f'{mean} ± {scale * statistics.stdev(numbers):.{digits}f}'
+  spread = f'{scale * statistics.stdev(numbers):.{digits}f}'
+  return f'{mean}{_NO_BREAK}±{_NO_BREAK}{spread}'
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -131,10 +133,10 @@ def accuracy_table(groups: dict[Group, list[Row]], batch_size: int) -> str:
         mean_text(values(rows, 'train_accuracy'), 100, 2),
         mean_text(values(rows, 'gap'), 100, 2),
         mean_text(values(rows, 'robust_accuracy'), 100, 1),
-        mean_text(values(rows, 'loss_main'), 1, 3),
-        mean_text(values(rows, 'loss_adversarial'), 1, 3),
         mean_text(values(rows, 'top_eigenvalue'), 1, 1),
         f'{statistics.median(seconds) / plain:.2f}' if seconds else '',
+        mean_text(values(rows, 'loss_main'), 1, 3),
+        mean_text(values(rows, 'loss_adversarial'), 1, 3),
       )
     )
   return table(
@@ -146,10 +148,10 @@ def accuracy_table(groups: dict[Group, list[Row]], batch_size: int) -> str:
       'training, %',
       'gap',
       'PGD-20, %',
+      'eigenvalue',
+      's / plain',
       'clean loss',
       'adversarial loss',
-      'largest eigenvalue',
-      's a step / plain',
     ),
     lines,
   )
@@ -406,7 +408,15 @@ def draw_effect(
   test, training = figure.axes
   test.set_ylabel('test accuracy (%)')
   training.set_ylabel('training accuracy (%)')
-  test.legend(frameon=False, fontsize=8)
+  handles, labels = test.get_legend_handles_labels()
+  figure.legend(
+    handles,
+    labels,
+    frameon=False,
+    fontsize=8,
+    loc='outside upper center',
+    ncols=len(labels),
+  )
 
 
 def report(rows: Sequence[Row]) -> str:

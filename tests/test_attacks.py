@@ -96,7 +96,7 @@ floats = st.floats(-2, 2, width=32)
   random_start=st.booleans(),
   half_width=st.floats(0, 2),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_result_stays_in_ball_and_bounds(
   data, dtype, norm, steps, epsilon, random_start, half_width
 ):
