@@ -159,7 +159,11 @@ def print_table(rows: Sequence[Figures]) -> None:
   whens = [x for x in rows[0] if x.startswith(('before', 'after'))]
   lines = []
   for (epoch, attack), group in groups.items():
-    line = {'epoch': f'{epoch}', 'copies by': attack, 'seeds': f'{len(group)}'}
+    line = {
+      'epoch': f'{epoch:g}',
+      'copies by': attack,
+      'seeds': f'{len(group)}',
+    }
     for when in whens:
       values = [float(row[when]) for row in group]
       line[when] = f'{statistics.fmean(values):.3f}'

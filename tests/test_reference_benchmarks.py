@@ -207,6 +207,40 @@ def test_a_schedule_is_read_in_the_order_of_execution():
   assert schedule.from_text(text) == [attacker, trainer]
 
 
+# In a process of its own, as the commands define the same flags.
+WITHOUT_SECONDS = """
+import sys, types
+from pathlib import Path
+from reference.benchmarks import cost, figures, measure
+rows = [
+  {'row': name, 'megacycles': cycles, 'flops': 1e9, 'memory_bytes': 2.0**20}
+  for name, cycles in (('plain', 100.0), ('ConAdv', 250.0))
+]
+device = types.SimpleNamespace(device_kind='TPU v5 lite')
+cost.complete(rows, measure.NETS['tiny'], device)
+cost.print_table(rows)
+figures.draw_cost(Path(sys.argv[1]) / 'cost', rows)
+"""
+
+
+def test_a_compiler_that_states_no_time(tmp_path):
+  result = subprocess.run(
+    [sys.executable, '-c', WITHOUT_SECONDS, str(tmp_path)],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  header, _, plain, conadv = result.stdout.splitlines()[2:6]
+  assert header == (
+    '|  | FLOPs / plain | Mcycles | Mcycles / plain | MiB | MiB / plain |'
+  )
+  assert plain == '| plain | 1.00 | 100 | 1.00 | 1 | 1.00 |'
+  assert conadv == '| ConAdv | 1.00 | 250 | 2.50 | 1 | 1.00 |'
+  check_figure(tmp_path, 'cost')
+
+
 def test_for_a_tpu_trainers_do_not_attack_and_attackers_do_not_train(tmp_path):
   pytest.importorskip('libtpu')
   names = 'plain', 'concurrent equal share'

@@ -111,9 +111,11 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
     program = measure.compile_task(task, seed=0)
     cost: Any = program.compiled.cost_analysis()
     roles = schedule.read(program.compiled.as_text() or '')
+    seconds = cost['optimal_seconds']
     done[name] = {
       'row': name,
-      'seconds': cost['optimal_seconds'],
+      # Negative where the compiler has none, as for v5e.
+      **({'seconds': seconds} if seconds > 0 else {}),
       # A step is over when the last device is done.
       'megacycles': max(sum(x for _, x in role) for role in roles),
       **measure.count(program.compiled),
@@ -123,7 +125,7 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
     results = [done[name] for name in ROWS if name in done]
     complete(results, net, devices[0])
     measure.write_csv(path, results)
-    print(f'{name}: {cost["optimal_seconds"]:.4f} s', flush=True)
+    print(f'{name}: {done[name]["megacycles"]:.0f} Mcycles', flush=True)
   return [done[name] for name in ROWS if name in done]
 
 
@@ -135,17 +137,18 @@ def complete(results: Sequence[Figures], net: Net, device: Any) -> None:
     row['images'] = net.batch_size
     row['hardware'] = device.device_kind
     row['jax'] = jax.__version__
-    row['images_per_second'] = (
-      net.batch_size * ROWS[name].share / row['seconds']
-    )
-    columns = [x for x in COMPARED if x in row]
+    if 'seconds' in row:
+      images = net.batch_size * ROWS[name].share
+      row['images_per_second'] = images / row['seconds']
+    # A small program may need no memory of its own.
+    columns = [x for x in COMPARED if x in row and plain.get(x)]
     for column in columns:
       row.setdefault(f'{column}_ratio', row[column] / plain[column])
     other = by_name.get(ROWS[name].beside)
     if other and other is not plain:
       for column in columns:
         row.setdefault(f'{column}_beside', row[column] / other[column])
-    if device.device_kind in PEAK_FLOPS:
+    if 'seconds' in row and device.device_kind in PEAK_FLOPS:
       peak = PEAK_FLOPS[device.device_kind]
       row['fraction_of_peak'] = row['flops'] / row['seconds'] / peak
 
@@ -162,7 +165,7 @@ def print_table(results: Sequence[Figures]) -> None:
       {
         '': row['row'],
         'ms': measure.between(
-          row, 'seconds', scale=1e3, digits=0 if row['seconds'] > 0.1 else 1
+          row, 'seconds', scale=1e3, digits=int(row.get('seconds', 1) < 0.1)
         ),
         '/ plain': measure.between(row, 'seconds_ratio', digits=2),
         'FLOPs / plain': measure.between(row, 'flops_ratio', digits=2),

@@ -67,12 +67,14 @@ _LONGEST = 4.0
 def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
   """Time, FLOPs and memory of each row, over those of the plain step."""
   rows: list[Any] = [x for x in results if 'alone' not in str(x['row'])]
+  has_seconds = all('seconds_ratio' in x for x in rows)
+  column = 'seconds_ratio' if has_seconds else 'megacycles_ratio'
 
   def draw(figure: Any) -> None:
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = np.arange(len(rows))
     middle, low, high = (
-      np.array([x.get(f'seconds_ratio{end}', x['seconds_ratio']) for x in rows])
+      np.array([x.get(f'{column}{end}', x[column]) for x in rows])
       for end in ('', '_low', '_high')
     )
     time.barh(
@@ -81,7 +83,7 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
       xerr=(middle - low, high - middle),
       color=CLEAN,
       ecolor=OTHER,
-      label='time',
+      label='time' if has_seconds else 'cycles',
     )
     time.plot(
       [x['flops_ratio'] for x in rows],
