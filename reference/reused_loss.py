@@ -13,7 +13,7 @@ trains on others.
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from reference import loop, methods, step, study, study_cell, train
 from reference.benchmarks import measure
 
 Figures = measure.Figures
+BranchLoss = Callable[[Any, step.Batch], jax.Array]
 
 REUSED, PASS = 'reused gradient', 'attack pass'
 
@@ -43,42 +44,36 @@ def make_losses(config: ml_collections.ConfigDict, num_classes: int) -> Any:
   loss_fn = methods.make_loss(model, config)
   pgd, fgsm = methods.make_attacks(config, num_classes)
 
-  def branch_loss(
-    state: step.TrainState, branch: str, params: Any, batch: step.Batch
-  ) -> jax.Array:
+  def branch_loss(state: step.TrainState, branch: str) -> BranchLoss:
     batch_stats = conadv.dual_bn.select(state.model_state, branch)
-    return loss_fn(params, batch_stats, batch)[0]
+    return lambda params, batch: loss_fn(params, batch_stats, batch)[0]
 
   @jax.jit
   def craft(
     state: step.TrainState, batch: step.Batch, key: jax.Array
   ) -> dict[str, step.Batch]:
-    copies = {}
-    for name, attack, branch in (
-      (REUSED, fgsm, 'main'),
-      (PASS, pgd, 'adversarial'),
-    ):
-      copies[name] = conadv.perturb(
-        lambda params, batch, branch=branch: branch_loss(
-          state, branch, params, batch
-        ),
+    return {
+      name: conadv.perturb(
+        branch_loss(state, branch),
         conadv.dual_bn.select(state.params, branch),
         batch,
         attack=attack,
         inputs=methods.make_inputs(config),
         key=key,
       )
-    return copies
+      for name, attack, branch in (
+        (REUSED, fgsm, 'main'),
+        (PASS, pgd, 'adversarial'),
+      )
+    }
 
   @jax.jit
   def losses(
     state: step.TrainState, copies: dict[str, step.Batch]
   ) -> dict[str, jax.Array]:
     params = conadv.dual_bn.select(state.params, 'adversarial')
-    return {
-      name: branch_loss(state, 'adversarial', params, batch)
-      for name, batch in copies.items()
-    }
+    loss = branch_loss(state, 'adversarial')
+    return {name: loss(params, batch) for name, batch in copies.items()}
 
   return craft, losses
 
