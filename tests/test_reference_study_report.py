@@ -85,6 +85,14 @@ def line_of(text, *cells):
   return line
 
 
+def cell_of(text, line, column):
+  header, cells = (
+    [cell.strip() for cell in x.strip('|').split('|')]
+    for x in (text.splitlines()[0], line)
+  )
+  return dict(zip(header, cells, strict=True))[column]
+
+
 def numbers(text):
   return [float(x) for x in re.findall(r'[-+]?\d+\.\d+', text)]
 
@@ -102,7 +110,9 @@ def test_means_and_spreads(rows):
       numbers(cells[3]), [expected.mean(), expected.std(ddof=1)], atol=0.006
     )
     line = next(x for x in text.splitlines() if x.startswith('| `advprop`'))
-    assert line.split(' | ')[-1] == '2.50 |'
+    assert cell_of(text, line, 's / plain') == '2.50'
+    # The rows have no losses.
+    assert cell_of(text, line, 'adversarial loss') == ''
 
 
 def test_differences_are_between_the_same_seeds(rows):

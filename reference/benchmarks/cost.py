@@ -11,11 +11,14 @@ each row; rows that the CSV has already are kept, so that it can be stopped.
 
 Both print a table, and write `cost_HARDWARE.csv` and figures to `--out`. Times
 are medians with quartiles, and ratios are those of calls of the same round.
-FLOPs and memory are the compiler's, of one device.
+FLOPs and memory are the compiler's, of one device. Here several devices share
+the batch of one, as they share the machine; on TPUs each has as many images as
+the one device of the other rows.
 Where weight gradients cost more than the rest, as on a CPU, ConAdv is nearer to
 2 plain steps than to 2.67, which is its arithmetic: its attack needs none.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,11 @@ def choose_net(default: str) -> Net:
   return net._replace(batch_size=_BATCH.value or net.batch_size)
 
 
+def images_of(name: str, net: Net) -> int:
+  """In the batch of a row, where that of the others is the net's."""
+  return round(ROWS[name].share * net.batch_size)
+
+
 def run_here(net: Net) -> list[Figures]:
   """Measures every row for which there are enough devices."""
   devices = jax.devices()
@@ -102,18 +110,24 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
   from reference import aot
 
   devices = aot.open_topology(topology)
+  nets = {
+    name: net._replace(batch_size=net.batch_size * math.prod(row.mesh))
+    for name, row in ROWS.items()
+  }
+  images = {name: images_of(name, own) for name, own in nets.items()}
   known = measure.read_csv(path) if path.exists() else []
-  done = {x['row']: x for x in known if x['images'] == net.batch_size}
+  done = {x['row']: x for x in known if x['images'] == images.get(x['row'])}
   for name in _ROWS.value:
     if name in done:
       continue
-    task = measure.make_task(ROWS[name], net, devices)
+    task = measure.make_task(ROWS[name], nets[name], devices)
     program = measure.compile_task(task, seed=0)
     cost: Any = program.compiled.cost_analysis()
     roles = schedule.read(program.compiled.as_text() or '')
     seconds = cost['optimal_seconds']
     done[name] = {
       'row': name,
+      'images': images[name],
       # Negative where the compiler has none, as for v5e.
       **({'seconds': seconds} if seconds > 0 else {}),
       # A step is over when the last device is done.
@@ -134,12 +148,11 @@ def complete(results: Sequence[Figures], net: Net, device: Any) -> None:
   by_name: dict[Any, Any] = {x['row']: x for x in results}
   plain = by_name['plain']
   for name, row in by_name.items():
-    row['images'] = net.batch_size
+    row.setdefault('images', images_of(name, net))
     row['hardware'] = device.device_kind
     row['jax'] = jax.__version__
     if 'seconds' in row:
-      images = net.batch_size * ROWS[name].share
-      row['images_per_second'] = images / row['seconds']
+      row['images_per_second'] = row['images'] / row['seconds']
     # A small program may need no memory of its own.
     columns = [x for x in COMPARED if x in row and plain.get(x)]
     for column in columns:
