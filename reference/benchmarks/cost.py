@@ -116,7 +116,9 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
   }
   images = {name: images_of(name, own) for name, own in nets.items()}
   known = measure.read_csv(path) if path.exists() else []
-  done = {x['row']: x for x in known if x['images'] == images.get(x['row'])}
+  done = {
+    x['row']: x for x in known if x['images'] == images.get(str(x['row']))
+  }
   for name in _ROWS.value:
     if name in done:
       continue
