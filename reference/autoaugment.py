@@ -9,6 +9,7 @@ References:
   <https://arxiv.org/abs/1805.09501>`_, 2019
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -92,8 +93,10 @@ def posterize(image: np.ndarray, strength: float) -> np.ndarray:
 def solarize(image: np.ndarray, strength: float) -> np.ndarray:
   """Inverts values from a threshold on, which sinks from 255 to 0."""
   # Not `255 * (1 - strength)`, which level 3 would round up past 170.
-  threshold = 255 - 255 * strength
-  return _look_up(image, np.where(threshold > _VALUES, _VALUES, 255 - _VALUES))
+  below = math.ceil(255 - 255 * strength) - 1
+  _, inverted = cv2.threshold(image, below, 255, cv2.THRESH_BINARY)
+  # A fifth of the time of a table: 255 - x has the other bits.
+  return cv2.bitwise_xor(image, inverted, dst=inverted)
 
 
 def invert(image: np.ndarray, strength: float) -> np.ndarray:

@@ -13,6 +13,7 @@ threads are those of worker processes, between which nothing is shared: what was
 unreadable travels with the rows that were made beside it.
 """
 
+import ctypes
 import functools
 import math
 import multiprocessing
@@ -37,6 +38,9 @@ Piece = tuple[list[Element], Skipped]
 
 # At most so many rows of a batch are one task for a thread.
 _PIECE = 32
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_KEPT = 2**30
 # Arrays smaller than this reach the parent by a pipe, not by shared memory.
 _SMALL = 4096
 
@@ -172,9 +176,22 @@ class _Batches(grain.DatasetIterator):
     self._pieces = self._rows = None
 
 
+def keep_freed_memory() -> None:
+  """Lets the C library use an image's memory for the images after it.
+
+  Else it gives the memory back to the system and gets it again page by page,
+  which takes 7 % of an image's time.
+  """
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:
+    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT)
+
+
 def _start_worker(index: int, workers: int) -> None:
   """Leaves it to the parent when this worker ends."""
   del index, workers
+  keep_freed_memory()
   # A scheduler sends them to all processes, and the parent needs one more batch
   # to stop at the end of a step.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -300,6 +317,7 @@ def _batched(
 ) -> grain.DatasetIterator:
   """A host's batches, made ahead by threads."""
   threads = config.run.threads
+  keep_freed_memory()
   if workers and not flags.FLAGS.is_parsed():
     # In a program without flags; Grain reads one of its own for workers.
     flags.FLAGS.mark_as_parsed()

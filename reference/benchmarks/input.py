@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
   """Finds or makes the images, takes turns, prints."""
   del argv
   logging.set_verbosity(logging.WARNING)
+  # Before the first decode, so that all programs have the same memory.
+  input_pipeline.keep_freed_memory()
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
