@@ -1,6 +1,6 @@
 """Attack and training on devices of their own, in one program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -159,13 +159,13 @@ def concurrent(
     for turn in range(turns)
   ]
 
-  def deliver(crafted: jax.Array) -> jax.Array:
+  def deliver(crafted: jax.Array, like: jax.Array) -> jax.Array:
     """From the attackers' turns to each trainer the one that is its own."""
     arrived = [
       jax.lax.ppermute(of_turn, role_axis, route)
       for of_turn, route in zip(crafted, routes, strict=True)
     ]
-    return jax.lax.select_n(own_trainer() // attackers, *arrived)
+    return _unpack(jax.lax.select_n(own_trainer() // attackers, *arrived), like)
 
   # All of these are over the trainers: attackers give zeros.
   def mean(x: jax.Array) -> jax.Array:
@@ -230,8 +230,10 @@ def concurrent(
         def craft(turn: jax.Array) -> jax.Array:
           # Of nobody in a last turn that is not for all: it is not sent.
           served = turn * attackers + role - trainers
-          return passes.craft(
-            params, model_state, share(batch, served), key_of(key, served)
+          return _pack(
+            passes.craft(
+              params, model_state, share(batch, served), key_of(key, served)
+            )
           )
 
         return _one_by_one(craft, turns)
@@ -242,7 +244,8 @@ def concurrent(
         lambda: (train(), _zeros(attack)),
         lambda: (_zeros(train), attack()),
       )
-      state = _queue.push(state, Queue(newest, deliver(crafted)))
+      delivered = deliver(crafted, passes.clean(newest))
+      state = _queue.push(state, Queue(newest, delivered))
       scalars, arrays = _groups.split_aux(aux.aux)
       return (
         jax.tree.map(mean, (loss, aux.losses, grads)),
@@ -261,6 +264,25 @@ def concurrent(
     return (loss, ConAdvAux(losses, model_state, user_aux)), grads, state
 
   return GradientFunction(init, value_and_grad, grad_fn.staleness)
+
+
+def _order(shape: Sequence[int]) -> tuple[int, ...]:
+  return (0, *sorted(range(1, len(shape)), key=lambda axis: shape[axis]))
+
+
+def _pack(x: jax.Array) -> jax.Array:
+  """With the longest axes last.
+
+  What a conditional returns lies in memory as its axes stand, and a TPU pads
+  the last one to 128: three channels would take 40 times their bytes.
+  """
+  return x.transpose(_order(x.shape))
+
+
+def _unpack(x: jax.Array, like: jax.Array) -> jax.Array:
+  """The inverse of `_pack` for an array of the shape of `like`."""
+  order = _order(like.shape)
+  return x.transpose([order.index(axis) for axis in range(x.ndim)])
 
 
 def _zeros(fn: Callable[[], Any]) -> Any:

@@ -346,3 +346,35 @@ def test_counters_and_keys_in_the_model_state_are_those_of_a_trainer():
     jax.random.key_data(aux.model_state['key']),
     jax.random.key_data(jax.random.fold_in(key, 1)),
   )
+
+
+def test_few_channels_do_not_leave_a_branch_as_the_last_axis():
+  """A TPU would pad them to 128; the trainers still get them as they were."""
+
+  def loss_fn(w, batch):
+    return jnp.mean(jnp.einsum('bhwc,hwc->b', batch['image'], w) ** 2)
+
+  grad_fn = conadv.wrap(loss_fn, attack=conadv.fgsm(0.1))
+  team = conadv.concurrent(grad_fn, make_mesh(1, 4))
+  line = conadv.data_parallel(
+    grad_fn, jax.make_mesh((3,), ('data',), devices=jax.devices()[:3])
+  )
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(size=(7, 6, 3)), jnp.float32)
+  batches = [
+    {'image': jnp.asarray(rng.normal(size=(12, 7, 6, 3)), jnp.float32)}
+    for _ in range(3)
+  ]
+  states = [fn.init(w, batches[:1]) for fn in (team, line)]
+  for batch in batches[1:]:
+    outputs = [
+      fn.value_and_grad(w, state, batch)
+      for fn, state in zip((team, line), states, strict=True)
+    ]
+    states = [state for *_, state in outputs]
+    chex.assert_trees_all_close(outputs[0][:2], outputs[1][:2], **CLOSE)
+
+  program = str(jax.make_jaxpr(team.value_and_grad)(w, states[0], batches[0]))
+  (conditional,) = re.findall(r'([^\n]*) = cond\[', program)
+  # Three turns of a trainer's four images.
+  assert 'f32[3,4,3,6,7]' in conditional
