@@ -360,9 +360,9 @@ def test_few_channels_do_not_leave_a_branch_as_the_last_axis():
     grad_fn, jax.make_mesh((3,), ('data',), devices=jax.devices()[:3])
   )
   rng = np.random.default_rng(0)
-  w = jnp.asarray(rng.normal(size=(7, 6, 3)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=(6, 7, 3)), jnp.float32)
   batches = [
-    {'image': jnp.asarray(rng.normal(size=(12, 7, 6, 3)), jnp.float32)}
+    {'image': jnp.asarray(rng.normal(size=(12, 6, 7, 3)), jnp.float32)}
     for _ in range(3)
   ]
   states = [fn.init(w, batches[:1]) for fn in (team, line)]
