@@ -232,15 +232,18 @@ def shardings(
     mesh: the devices.
   """
   everywhere = NamedSharding(mesh, P())
-  kind = 'pinned_host' if config.queue_memory == 'host' else None
-  queue = NamedSharding(mesh, P(None, 'data'), memory_kind=kind)
+  queue = NamedSharding(mesh, P(None, 'data'))
+  of_images = queue
+  if config.queue_memory == 'host':
+    of_images = queue.with_memory_kind('pinned_host')
   of_groups = NamedSharding(mesh, P('data'))
 
   def of_part(part: Any) -> Any:
     if isinstance(part, conadv.ConAdvState):
       return conadv.ConAdvState(
         jax.tree.map(lambda _: everywhere, part.slot),
-        jax.tree.map(lambda _: queue, part.queue),
+        # Labels are small, and TPUs write no part of a vector on the host.
+        jax.tree.map(lambda x: of_images if x.ndim > 2 else queue, part.queue),
       )
     if isinstance(part, conadv.PerGroup):
       return jax.tree.map(lambda _: of_groups, part)

@@ -304,10 +304,19 @@ def test_a_queue_in_host_memory_changes_nothing():
     for seed in range(3):
       state, _ = take(state, place(make_batch(seed)))
       kinds = {
-        x.sharding.memory_kind
-        for x in jax.tree.leaves(state.conadv_state.queue)
+        name: {x.sharding.memory_kind for x in jax.tree.leaves(leaves)}
+        for name, leaves in {
+          'image': state.conadv_state.queue.batch['image'],
+          'label': state.conadv_state.queue.batch['label'],
+          'adversarial': state.conadv_state.queue.adversarial,
+        }.items()
       }
-      assert (kinds == {'pinned_host'}) == (memory == 'host')
+      of_images = {'pinned_host' if memory == 'host' else 'device'}
+      assert kinds == {
+        'image': of_images,
+        'label': {'device'},
+        'adversarial': of_images,
+      }
     results.append(arrays(state))
   jax.tree.map(np.testing.assert_array_equal, *results)
 
