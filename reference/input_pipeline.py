@@ -13,7 +13,6 @@ threads are those of worker processes, between which nothing is shared: what was
 unreadable travels with the rows that were made beside it.
 """
 
-import ctypes
 import functools
 import math
 import multiprocessing
@@ -28,7 +27,7 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from reference import augment, autoaugment, jpeg, sources
+from reference import augment, autoaugment, jpeg, memory, sources
 
 Element = dict[str, Any]
 # Unreadable images by path, with the reason.
@@ -38,9 +37,6 @@ Piece = tuple[list[Element], Skipped]
 
 # At most so many rows of a batch are one task for a thread.
 _PIECE = 32
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MOST_KEPT = 2**30
 # Arrays smaller than this reach the parent by a pipe, not by shared memory.
 _SMALL = 4096
 
@@ -176,22 +172,10 @@ class _Batches(grain.DatasetIterator):
     self._pieces = self._rows = None
 
 
-def keep_freed_memory() -> None:
-  """Lets the C library use an image's memory for the images after it.
-
-  Else it gives the memory back to the system and gets it again page by page,
-  which takes 7 % of an image's time.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is not None:
-    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
-    mallopt(_M_MMAP_THRESHOLD, _MOST_KEPT)
-
-
 def _start_worker(index: int, workers: int) -> None:
   """Leaves it to the parent when this worker ends."""
   del index, workers
-  keep_freed_memory()
+  memory.keep_freed()
   # A scheduler sends them to all processes, and the parent needs one more batch
   # to stop at the end of a step.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -317,7 +301,7 @@ def _batched(
 ) -> grain.DatasetIterator:
   """A host's batches, made ahead by threads."""
   threads = config.run.threads
-  keep_freed_memory()
+  memory.keep_freed()
   if workers and not flags.FLAGS.is_parsed():
     # In a program without flags; Grain reads one of its own for workers.
     flags.FLAGS.mark_as_parsed()

@@ -1,10 +1,6 @@
 """Order, augmentation, batches and unreadable images."""
 
 import itertools
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -402,30 +398,3 @@ def test_a_level_factor_out_of_range_is_told_at_the_start(factor):
   config = make_crops(level_factor=factor)
   with pytest.raises(ValueError, match=r'from 0 to 1.*level_factor=0\.8'):
     input_pipeline.train_batches(source, config, skipped={}, images=BOTH)
-
-
-# In a process of its own, as the setting stays. Above 32 MiB glibc would ask
-# the system each time, whatever was freed before.
-FAULTS_OF_FREED_MEMORY = """
-import resource
-import numpy as np
-from reference import input_pipeline
-input_pipeline.keep_freed_memory()
-np.ones(2**26, np.uint8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-  np.ones(2**26, np.uint8)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc alone')
-def test_freed_memory_is_used_again():
-  result = subprocess.run(
-    [sys.executable, '-c', FAULTS_OF_FREED_MEMORY],
-    cwd=Path(__file__).parents[1],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert int(result.stdout) < 100

@@ -41,7 +41,14 @@ import numpy as np
 import simplejpeg
 from absl import app, flags, logging
 
-from reference import augment, autoaugment, input_pipeline, jpeg, sources
+from reference import (
+  augment,
+  autoaugment,
+  input_pipeline,
+  jpeg,
+  memory,
+  sources,
+)
 from reference.configs import jpeg_folder
 
 _FOLDER = flags.DEFINE_string(
@@ -75,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   # Before the first decode, so that all programs have the same memory.
-  input_pipeline.keep_freed_memory()
+  memory.keep_freed()
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
