@@ -103,6 +103,8 @@ class Account(NamedTuple):
     aliased: bytes of the outputs that lie where arguments lay.
     temporaries: bytes of what lives within the step, activations most of all.
     code: bytes of the program.
+    host: bytes in the memory of the host, where `queue_memory=host` has the
+      waiting images.
     flops: floating point operations.
     seconds: estimated; None where the compiler has no estimate, as for v4.
     collectives: how many of a kind, and the bytes of their results.
@@ -113,13 +115,14 @@ class Account(NamedTuple):
   aliased: int
   temporaries: int
   code: int
+  host: int
   flops: float
   seconds: float | None
   collectives: dict[str, tuple[int, int]]
 
   @property
   def memory(self) -> int:
-    """Bytes in all."""
+    """Bytes of the device in all."""
     new_outputs = self.outputs - self.aliased
     return self.arguments + new_outputs + self.temporaries + self.code
 
@@ -144,10 +147,15 @@ def open_topology(name: str) -> list[jax.Device]:
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
   os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   # JAX drives a v4 chip as one device, and a v3 chip as two.
-  options = {'chip_config_name': 'megacore'} if name.startswith('v4') else {}
+  options: dict[str, Any] = {}
+  if name.startswith('v4'):
+    options['chip_config_name'] = 'megacore'
+  if set(name.partition(':')[2].split('x')) == {'1'}:
+    # A chip alone is not a part of a host's four.
+    options['chips_per_host_bounds'] = (1, 1, 1)
   examples = (
     'Take for example --topology=v3:2x2 (4 chips, 8 cores), v3:16x32 (512 '
-    'chips, 1,024 cores), v4:4x8x8, v5e:16x16, v5p:4x4x8 or v6e:16x16.'
+    'chips, 1,024 cores), v4:4x8x8, v5e:1x1, v5e:16x16, v5p:4x4x8 or v6e:16x16.'
   )
   try:
     devices: Sequence[Any] = topologies.get_topology_desc(
@@ -269,6 +277,10 @@ def account(compiled: jax.stages.Compiled) -> Account:
     aliased=memory.alias_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
+    host=memory.host_argument_size_in_bytes
+    + memory.host_output_size_in_bytes
+    - memory.host_alias_size_in_bytes
+    + memory.host_temp_size_in_bytes,
     flops=cost['flops'],
     seconds=seconds if seconds > 0 else None,
     collectives=count_collectives(text),
@@ -293,6 +305,7 @@ def print_account(
     ('temporaries', needs.temporaries),
     ('code', needs.code),
     ('in all', needs.memory),
+    ('on the host', needs.host),
   ):
     print(f'  {name:<18}{size:>16,} bytes {size / _GIB:>8.3f} GiB')
   limit = HBM_GIB[kind]
@@ -392,6 +405,7 @@ def main(argv: Sequence[str]) -> None:
   mesh = make_mesh(topology, config.batch_size)
   train.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
   train.check_groups(config, mesh)
+  train.check_queue(config, mesh)
   print_account(config, topology, mesh, account(compile_step(config, mesh)))
 
 

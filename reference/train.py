@@ -121,6 +121,27 @@ def check_groups(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     )
 
 
+def check_queue(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Refuses a queue on the host that a TPU's compiler does not leave there.
+
+  Raises:
+    ValueError: naming what to take instead.
+  """
+  if (
+    config.queue_memory == 'host'
+    and config.accumulate > 1
+    and mesh.devices.flat[0].platform == 'tpu'
+  ):
+    raise ValueError(
+      '`queue_memory=host` saves nothing beside micro-batches on a TPU: its '
+      'compiler moves all of the queue through the memory of the device, or '
+      f'refuses it. Given accumulate={config.accumulate} on '
+      f'{mesh.devices.flat[0].device_kind}. Take more devices, '
+      '`--config.accumulate=1`, or leave the queue there, '
+      '`--config.queue_memory=device`.'
+    )
+
+
 def make_mesh(batch_size: int, *, accumulate: int = 1) -> Mesh:
   """All devices along one axis, 'data'.
 
@@ -339,6 +360,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
   check_channels(config)
   mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
   check_groups(config, mesh)
+  check_queue(config, mesh)
   place = make_placement(mesh)
   skipped: input_pipeline.Skipped = {}
   held_out_skipped: input_pipeline.Skipped = {}

@@ -113,14 +113,17 @@ for topology in ('v3:2x2', 'v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
     kind = mesh.devices.flat[0].device_kind
     limit = re.search(r'available HBM \\(([\\d.]+)G\\)', str(error))[1]
     memory[kind] = mesh.size, float(limit)
-print(json.dumps([errors, memory]))
+chips = 'v3:1x1', 'v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1'
+alone = [aot.make_mesh(chip, 2).size for chip in chips]
+print(json.dumps([errors, memory, alone]))
 """
 
 
 def test_slices_that_cannot_be_and_the_memory_of_those_that_can():
   result = run_python('-c', SCRIPT)
   assert result.returncode == 0, result.stderr
-  (indivisible, generation, shape, old), memory = json.loads(result.stdout)
+  errors, memory, alone = json.loads(result.stdout)
+  indivisible, generation, shape, old = errors
   assert '700 on the 8 devices of v3:2x2' in indivisible
   assert '--config.batch_size=704' in indivisible
   for message, given in (
@@ -134,6 +137,7 @@ def test_slices_that_cannot_be_and_the_memory_of_those_that_can():
   assert {kind: devices for kind, (devices, _) in memory.items()} == {
     kind: 8 if kind == 'TPU v3' else 4 for kind in aot.HBM_GIB
   }
+  assert alone == [2, 1, 1, 1, 1]
   # A hundredth is what versions of the compiler differ by.
   for kind, (_, limit) in memory.items():
     assert aot.HBM_GIB[kind] == pytest.approx(limit, abs=0.015)
@@ -237,20 +241,27 @@ def test_an_asynchronous_collective_counts_once():
 
 
 @pytest.mark.parametrize(('told', 'seconds'), [(0.25, 0.25), (-99.7, None)])
-def test_seconds_that_the_compiler_does_not_know(told, seconds):
+def test_an_account_of_the_host_and_of_seconds_that_are_unknown(told, seconds):
   memory = types.SimpleNamespace(
     argument_size_in_bytes=1,
     output_size_in_bytes=1,
     alias_size_in_bytes=1,
     temp_size_in_bytes=1,
     generated_code_size_in_bytes=1,
+    # A queue that changes in place, and a copy of a part of it.
+    host_argument_size_in_bytes=50,
+    host_output_size_in_bytes=50,
+    host_alias_size_in_bytes=50,
+    host_temp_size_in_bytes=5,
   )
   compiled = types.SimpleNamespace(
     memory_analysis=lambda: memory,
     cost_analysis=lambda: {'flops': 1.0, 'optimal_seconds': told},
     as_text=lambda: 'ENTRY %main () -> f32[] {\n}',
   )
-  assert aot.account(compiled).seconds == seconds
+  needs = aot.account(compiled)
+  assert needs.seconds == seconds
+  assert needs.host == 55
 
 
 def test_the_table_has_a_row_for_every_run_and_goes_on(
@@ -262,6 +273,7 @@ def test_the_table_has_a_row_for_every_run_and_goes_on(
     aliased=2**28,
     temporaries=3 * 2**30,
     code=0,
+    host=0,
     flops=2.5e12,
     seconds=0.25,
     collectives={'all-reduce': (2, 100_000_000)},

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -362,6 +363,17 @@ def test_a_single_group_cannot_be_compared(config):
 def test_a_memory_that_does_not_exist():
   with pytest.raises(ValueError, match=r'device, host.*queue_memory=host`'):
     train.check_choices(tiny('conadv', queue_memory='hosts'))
+
+
+def test_a_tpu_does_not_leave_micro_batches_on_the_host():
+  chip = types.SimpleNamespace(platform='tpu', device_kind='TPU v5 lite')
+  mesh = types.SimpleNamespace(devices=np.array([chip]))
+  config = tiny('conadv', accumulate=4, queue_memory='host')
+  with pytest.raises(ValueError, match=r'=4 on TPU v5 lite.*accumulate=1`'):
+    train.check_queue(config, mesh)
+  train.check_queue(config, make_mesh(1))
+  config.accumulate = 1
+  train.check_queue(config, mesh)
 
 
 @pytest.mark.parametrize('fraction', [0.2, 1.0])
