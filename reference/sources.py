@@ -143,7 +143,7 @@ def _split_records(folder: str, classes: list[str]) -> list[tuple[str, int]]:
 
 def _read_file(record: tuple[str, int]) -> tuple[np.ndarray, int]:
   path, label = record
-  with open(path, 'rb') as file:
+  with open(path, 'rb', buffering=0) as file:
     return jpeg.decode(file.read(), path), label
 
 

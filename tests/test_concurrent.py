@@ -365,11 +365,11 @@ def test_few_channels_do_not_leave_a_branch_as_the_last_axis():
     {'image': jnp.asarray(rng.normal(size=(12, 6, 7, 3)), jnp.float32)}
     for _ in range(3)
   ]
-  states = [fn.init(w, batches[:1]) for fn in (team, line)]
+  steps = [jax.jit(fn.value_and_grad) for fn in (team, line)]
+  states = [jax.jit(fn.init)(w, batches[:1]) for fn in (team, line)]
   for batch in batches[1:]:
     outputs = [
-      fn.value_and_grad(w, state, batch)
-      for fn, state in zip((team, line), states, strict=True)
+      step(w, state, batch) for step, state in zip(steps, states, strict=True)
     ]
     states = [state for *_, state in outputs]
     chex.assert_trees_all_close(outputs[0][:2], outputs[1][:2], **CLOSE)

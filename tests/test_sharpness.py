@@ -33,7 +33,7 @@ def as_tree(w):
 @jax.jit
 def sharpness(w, batch, radius):
   return conadv.sharpness(
-    quadratic, as_tree(w), batch, radius, key=KEY, steps=40, micro_batches=2
+    quadratic, as_tree(w), batch, radius, key=KEY, steps=200, micro_batches=2
   )
 
 
@@ -95,7 +95,8 @@ def test_at_a_stationary_point_it_is_half_the_largest_eigenvalue(spectrum):
 def test_elsewhere_it_is_the_solution_of_the_trust_region(
   spectrum, slope, radius, seed
 ):
-  # Convex enough for the largest loss to lie on the sphere.
+  # Convex enough for the largest loss to lie on the sphere. With 40 steps a
+  # gradient across the steepest curvature is seen to reach 0.87 of it.
   spectrum = np.sort(spectrum)
   spectrum[-1] = abs(spectrum[-1])
   batch, hessian, gradient = make_problem(spectrum, slope, seed)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import init_model, loss_fn, make_batch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
@@ -48,6 +48,9 @@ def test_the_ratio_is_that_of_the_paper(groups, shape, signal, low, high, seed):
     'a': (signal + rng.normal(size=(groups, *shape))).astype(np.float32),
     'b': (rng.normal(size=(groups, 6))).astype(np.float32),
   }
+  # A difference of moments in float32 keeps three digits of such a variance.
+  for layer in drawn.values():
+    assume(np.all(np.var(layer, 0) > 1e-3 * np.mean(layer**2, 0)))
   got, _ = apply(drawn, min_ratio=low, max_ratio=high)
   for name, layer in drawn.items():
     expected = naive(layer.astype(np.float64), low, high)
