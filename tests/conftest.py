@@ -8,7 +8,9 @@ from pathlib import Path
 os.environ |= {
   'JAX_COMPILATION_CACHE_DIR': str(Path(__file__).parents[1] / '.jax_cache'),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  'XLA_FLAGS': '--xla_backend_optimization_level=0',
+  'XLA_FLAGS': (
+    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+  ),
 }
 
 import jax
