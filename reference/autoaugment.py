@@ -50,11 +50,11 @@ def _stretched(channel: np.ndarray) -> np.ndarray:
 def _equalized(counts: np.ndarray) -> np.ndarray:
   """Tables (C, 256) that flatten histograms (C, 256)."""
   # Not `cv2.equalizeHist`, which has another formula.
-  last = counts.shape[1] - 1 - (counts[:, ::-1] > 0).argmax(1)
-  step = counts.sum(1) - counts[np.arange(len(counts)), last]
-  step = (step // 255)[:, None]
-  below = counts.cumsum(1) - counts
-  return np.where(step, (below + step // 2) // np.maximum(step, 1), _VALUES)
+  up_to = counts.cumsum(1)
+  # All but the pixels of the highest value.
+  step = np.where(up_to < up_to[:, -1:], up_to, 0).max(1, keepdims=True) // 255
+  middle = up_to - counts + step // 2
+  return np.where(step, middle // np.maximum(step, 1), _VALUES)
 
 
 def _warp(image: np.ndarray, source: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def equalize(image: np.ndarray, strength: float) -> np.ndarray:
     cv2.calcHist([image], [channel], None, [256], [0, 256])
     for channel in range(image.shape[2])
   ]
-  tables = _equalized(np.reshape(counts, (-1, 256)).astype(np.int64))
+  tables = _equalized(np.reshape(counts, (-1, 256)).astype(np.int32))
   return _look_up(image, tables.T)
 
 
