@@ -269,7 +269,9 @@ def main() -> None:
   for draw in (statistics, trust_ratios):
     figures.save(FOLDER / draw.__name__, draw, rows, size=(8, 3.6))
   figures.save(FOLDER / 'spectrum', spectral_density, spectrum, size=(6, 3.2))
-  for path in sorted(DOCS.rglob('cost_*.csv')):
+  for path in sorted(DOCS.glob('growth_*.csv')):
+    figures.draw_growth(FOLDER / path.stem, measure.read_csv(path))
+  for path in sorted(DOCS.glob('cost_*.csv')):
     results = measure.read_csv(path)
     if 'schedule' in results[0]:
       stem = path.stem.replace('cost', 'schedule')

@@ -196,9 +196,11 @@ def test_a_rate_of_zero_is_the_gradient_itself(direction):
     return outputs
 
   plain = conadv.plain(loss_fn, has_state=True)
-  chex.assert_trees_all_equal(
-    calls(conadv.extrapolate(plain, 0.0, direction=direction)), calls(plain)
-  )
+  # Compiled, two programs may round differently.
+  with jax.disable_jit():
+    got = calls(conadv.extrapolate(plain, 0.0, direction=direction))
+    expected = calls(plain)
+  chex.assert_trees_all_equal(got, expected)
 
 
 def test_noise_is_standard_normal_times_the_rate():

@@ -141,10 +141,12 @@ def test_a_radius_of_zero_is_the_gradient_itself(inner, every):
     if inner == 'conadv'
     else conadv.plain(loss_fn, has_state=True)
   )
-  output, grads, state = first_call(grad_fn)
-  got_output, got_grads, got_state = first_call(
-    conadv.sam(grad_fn, 0.0, every=every)
-  )
+  # Compiled, two programs may round differently.
+  with jax.disable_jit():
+    output, grads, state = first_call(grad_fn)
+    got_output, got_grads, got_state = first_call(
+      conadv.sam(grad_fn, 0.0, every=every)
+    )
   chex.assert_trees_all_equal(got_grads, grads)
   chex.assert_trees_all_equal((got_output, got_state.inner), (output, state))
 
