@@ -4,16 +4,18 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-# Most of the time goes into compiling, which these make cheaper.
-flags = ['--xla_backend_optimization_level=0']
-if metadata.version('jaxlib').startswith('0.10.'):
-  # A third of the time of all tests; later versions end at the unknown flag.
-  flags.append('--xla_cpu_use_fusion_emitters=false')
-# In the environment, so that the processes that tests start share it.
+# In the environment, so that the processes that tests start share it. Most of
+# the time goes into compiling, which these flags make cheaper; the second, a
+# third of the time of all tests, is unknown to later versions, which end at it.
 os.environ |= {
   'JAX_COMPILATION_CACHE_DIR': str(Path(__file__).parents[1] / '.jax_cache'),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  'XLA_FLAGS': ' '.join(flags),
+  'XLA_FLAGS': '--xla_backend_optimization_level=0'
+  + (
+    ' --xla_cpu_use_fusion_emitters=false'
+    if metadata.version('jaxlib').startswith('0.10.')
+    else ''
+  ),
 }
 
 import jax
