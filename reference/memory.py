@@ -10,8 +10,7 @@ _MOST_KEPT = 2**30
 def keep_freed() -> None:
   """Lets what is freed serve this process again; without glibc, nothing.
 
-  Else an image's memory goes back to the system and comes again page by page,
-  which takes 7 % of the time of an image.
+  Else an image's memory goes back to the system and comes again page by page.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:
