@@ -27,7 +27,7 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from reference import augment, autoaugment, jpeg, memory, sources
+from reference import augment, autoaugment, jpeg, sources
 
 Element = dict[str, Any]
 # Unreadable images by path, with the reason.
@@ -61,7 +61,7 @@ class _Pieces(grain.MapDataset):
   def __init__(
     self,
     numbers: grain.MapDataset,
-    make_row: Callable[[int, int], Element],
+    make_row: Callable[[int, np.random.Generator], Element],
     config: ml_collections.ConfigDict,
     *,
     replacement: Element | None,
@@ -71,6 +71,7 @@ class _Pieces(grain.MapDataset):
     super().__init__(numbers)
     share = config.batch_size // hosts
     self._make_row = make_row
+    self._seed = config.seed
     self._batch_size = config.batch_size
     self._first = host * share
     self._rows = max(x for x in range(1, _PIECE + 1) if share % x == 0)
@@ -84,11 +85,16 @@ class _Pieces(grain.MapDataset):
   def __getitem__(self, index: int) -> Piece:
     batch, piece = divmod(index, self._pieces)
     start = batch * self._batch_size + self._first + piece * self._rows
+    positions = range(start, start + self._rows)
+    # All at once: after a decode, which fills the caches, one generator takes
+    # three times as long to make.
+    numbers = [self._parent[position] for position in positions]
+    rngs = [np.random.default_rng((self._seed, x)) for x in positions]
     rows: list[Element] = []
     skipped: Skipped = {}
-    for position in range(start, start + self._rows):
+    for number, rng in zip(numbers, rngs, strict=True):
       try:
-        rows.append(self._make_row(self._parent[position], position))
+        rows.append(self._make_row(number, rng))
       except jpeg.BadImageError as error:
         if self._on_bad_image == 'stop':
           raise
@@ -175,7 +181,6 @@ class _Batches(grain.DatasetIterator):
 def _start_worker(index: int, workers: int) -> None:
   """Leaves it to the parent when this worker ends."""
   del index, workers
-  memory.keep_freed()
   # A scheduler sends them to all processes, and the parent needs one more batch
   # to stop at the end of a step.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -244,12 +249,11 @@ def _receiver(skipped: Skipped, count: int) -> Callable[[Skipped], None]:
 
 def _train_row(
   number: int,
-  position: int,
+  rng: np.random.Generator,
   *,
   records: Sequence[Any],
   read: Callable[[Any], tuple[np.ndarray, int]],
   images: Sequence[str],
-  seed: int,
   crop: Callable[..., np.ndarray],
   size: int,
   flip: bool,
@@ -257,7 +261,6 @@ def _train_row(
 ) -> Element:
   """One crop for each of `images`, in turn, all of the same decoded pixels."""
   pixels, label = read(records[number])
-  rng = np.random.default_rng((seed, position))
   row: Element = {'label': np.int32(label)}
   for name in images:
     image = crop(pixels, size, rng)
@@ -271,7 +274,7 @@ def _train_row(
 
 def _eval_row(
   number: int,
-  position: int,
+  rng: np.random.Generator,
   *,
   records: Sequence[Any],
   read: Callable[[Any], tuple[np.ndarray, int]],
@@ -280,7 +283,7 @@ def _eval_row(
   padding: Element,
 ) -> Element:
   """A held-out image, or the padding where there are no more."""
-  del position
+  del rng
   if number >= len(records):
     return padding
   image, label = read(records[number])
@@ -301,7 +304,6 @@ def _batched(
 ) -> grain.DatasetIterator:
   """A host's batches, made ahead by threads."""
   threads = config.run.threads
-  memory.keep_freed()
   if workers and not flags.FLAGS.is_parsed():
     # In a program without flags; Grain reads one of its own for workers.
     flags.FLAGS.mark_as_parsed()
@@ -377,7 +379,6 @@ def train_batches(
     records=source.train,
     read=source.read,
     images=images,
-    seed=config.seed,
     crop=TRAIN_CROPS[config.data.crop],
     size=config.data.size,
     flip=config.data.flip,

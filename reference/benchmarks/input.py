@@ -29,6 +29,7 @@ import functools
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -41,14 +42,7 @@ import numpy as np
 import simplejpeg
 from absl import app, flags, logging
 
-from reference import (
-  augment,
-  autoaugment,
-  input_pipeline,
-  jpeg,
-  memory,
-  sources,
-)
+from reference import augment, autoaugment, input_pipeline, jpeg, sources
 from reference.configs import jpeg_folder
 
 _FOLDER = flags.DEFINE_string(
@@ -81,8 +75,6 @@ def main(argv: Sequence[str]) -> None:
   """Finds or makes the images, takes turns, prints."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  # Before the first decode, so that all programs have the same memory.
-  memory.keep_freed()
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
@@ -198,6 +190,7 @@ def take_turns(
   rng = np.random.default_rng(0)
   spent: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
   unit = 1e6 / _IMAGES.value
+  threads = threading.active_count()
   for _ in range(_ROUNDS.value):
     for name in rng.permutation(list(programs)):
       with programs[name]() as run:
@@ -206,6 +199,9 @@ def take_turns(
         clock = time.perf_counter() - clock
         cores = time.process_time() - cores
       spent[name].append((unit * clock, unit * cores))
+      # Threads finish what they have begun, which would slow the next program.
+      while threading.active_count() > threads:
+        time.sleep(0.01)
   return {name: np.array(values) for name, values in spent.items()}
 
 
