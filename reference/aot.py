@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
 import conadv_optax as conadv
-from reference import methods, models, step, train
+from reference import checks, methods, models, step, train
 from reference.configs import imagenet
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -401,11 +401,11 @@ def main(argv: Sequence[str]) -> None:
       'Say what to compile: `--config=reference/configs/imagenet_96k.py`, or '
       '`--all`.'
     )
-  train.check_choices(config)
+  checks.check_choices(config)
   mesh = make_mesh(topology, config.batch_size)
-  train.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
-  train.check_groups(config, mesh)
-  train.check_queue(config, mesh)
+  checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
+  checks.check_groups(config, mesh)
+  checks.check_queue(config, mesh)
   print_account(config, topology, mesh, account(compile_step(config, mesh)))
 
 

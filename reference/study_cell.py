@@ -16,7 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 from conadv_optax import hessian
-from reference import augment, evaluate, loop, methods, sources, step, train
+from reference import (
+  augment,
+  checks,
+  evaluate,
+  loop,
+  methods,
+  sources,
+  step,
+  train,
+)
 
 # Fields that a compiled step takes as numbers: cells that differ in these and
 # in the seed share it.
@@ -143,9 +152,9 @@ def order_of(seed: int, images: int, batch_size: int) -> Iterator[np.ndarray]:
 
 def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses what the main job refuses, and images that it makes on the host."""
-  train.check_choices(config)
-  train.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
-  train.check_groups(config, mesh)
+  checks.check_choices(config)
+  checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
+  checks.check_groups(config, mesh)
   method = methods.METHODS[config.method]
   crop, flip = config.data.crop, config.data.flip
   if method.copies and crop != 'resize':

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reference import methods, train
+from reference import checks, methods, train
 
 IMAGES = 1_281_167
 METHODS = (
@@ -64,8 +64,8 @@ def test_every_method_is_a_choice(name, method):
   assert method in methods.METHODS
   config = make(name, method=method)
   assert config.name == name
-  train.check_choices(config)
-  train.check_channels(config)
+  checks.check_choices(config)
+  checks.check_channels(config)
 
 
 @configs

@@ -25,7 +25,7 @@ from digit_steps import (
 from jax.flatten_util import ravel_pytree
 
 import conadv_optax as conadv
-from reference import loop, methods, metrics, train
+from reference import checks, loop, methods, metrics, train
 
 OLD = (
   'vanilla',
@@ -354,15 +354,15 @@ def test_a_batch_that_does_not_divide_is_explained():
 )
 def test_a_single_group_cannot_be_compared(config):
   with pytest.raises(ValueError, match=r'one device.*--config\.accumulate=8'):
-    train.check_groups(config, make_mesh(1))
-  train.check_groups(config, make_mesh(2))
+    checks.check_groups(config, make_mesh(1))
+  checks.check_groups(config, make_mesh(2))
   config.accumulate = 2
-  train.check_groups(config, make_mesh(1))
+  checks.check_groups(config, make_mesh(1))
 
 
 def test_a_memory_that_does_not_exist():
   with pytest.raises(ValueError, match=r'device, host.*queue_memory=host`'):
-    train.check_choices(tiny('conadv', queue_memory='hosts'))
+    checks.check_choices(tiny('conadv', queue_memory='hosts'))
 
 
 def test_a_tpu_does_not_leave_micro_batches_on_the_host():
@@ -370,10 +370,10 @@ def test_a_tpu_does_not_leave_micro_batches_on_the_host():
   mesh = types.SimpleNamespace(devices=np.array([chip]))
   config = tiny('conadv', accumulate=4, queue_memory='host')
   with pytest.raises(ValueError, match=r'=4 on TPU v5 lite.*accumulate=1`'):
-    train.check_queue(config, mesh)
-  train.check_queue(config, make_mesh(1))
+    checks.check_queue(config, mesh)
+  checks.check_queue(config, make_mesh(1))
   config.accumulate = 1
-  train.check_queue(config, mesh)
+  checks.check_queue(config, mesh)
 
 
 @pytest.mark.parametrize('fraction', [0.2, 1.0])
