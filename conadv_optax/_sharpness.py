@@ -54,7 +54,9 @@ def sharpness(
   The ascent starts on the sphere, along the gradient and a tenth of a random
   direction (which is all there is at a minimum), and goes along the normalised
   gradient, by :math:`\rho` in the first step and linearly less in each that
-  follows. What it finds is a lower bound of the maximum.
+  follows. What it finds is a lower bound of the maximum, closer with more steps:
+  where the gradient is nearly across the steepest curvature, the default number
+  can stop a tenth below.
 
   The paper takes a box around each weight where this takes one ball for all of
   them. Functions with rectifiers can be rescaled without a change of their
