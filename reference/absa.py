@@ -56,6 +56,7 @@ def make_growth(
   [elements] = input_pipeline.held_out_batches(
     source._replace(held_out=[source.train[int(i)] for i in chosen]),
     config,
+    batch_size=config.batch_size,
     skipped={},
     host=host,
     hosts=hosts,

@@ -26,14 +26,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import optax
 from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
-import conadv_optax as conadv
-from reference import checks, methods, models, step, train
+from reference import checks, methods, train
 from reference.configs import imagenet
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -193,29 +191,6 @@ def make_mesh(topology: str, batch_size: int) -> Mesh:
   return Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
 
 
-def describe_state(
-  config: ml_collections.ConfigDict,
-  model: models.ResNet,
-  tx: optax.GradientTransformation,
-  grad_fn: conadv.GradientFunction,
-  mesh: Mesh,
-) -> step.TrainState:
-  """Shapes, dtypes and shardings of the state that `train.make_state` makes."""
-  batches = [train.describe_batch(config, mesh)] * grad_fn.staleness
-  state = jax.eval_shape(
-    step.make_state(model, tx, grad_fn, config, mesh),
-    jax.random.key(0),
-    batches,
-  )
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding
-    ),
-    state,
-    train.shardings(config, state, mesh),
-  )
-
-
 def compile_step(
   config: ml_collections.ConfigDict, mesh: Mesh
 ) -> jax.stages.Compiled:
@@ -227,7 +202,7 @@ def compile_step(
   model = train.make_model(config, num_classes=imagenet.CLASSES)
   tx, schedule, _ = train.make_optimizer(config, images=imagenet.TRAIN_IMAGES)
   grad_fn = methods.make_gradient(model, config, mesh)
-  state = describe_state(config, model, tx, grad_fn, mesh)
+  state = train.describe_state(config, model, tx, grad_fn, mesh)
   try:
     return train.make_step(config, tx, schedule, grad_fn, state, mesh)
   except jax.errors.JaxRuntimeError as error:
@@ -402,6 +377,7 @@ def main(argv: Sequence[str]) -> None:
       '`--all`.'
     )
   checks.check_choices(config)
+  checks.check_numbers(config)
   mesh = make_mesh(topology, config.batch_size)
   checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
   checks.check_groups(config, mesh)

@@ -69,6 +69,18 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
   )
 
 
+def _steps(workdir: Path) -> list[int]:
+  """The checkpoints, newest first, as the first process sees them.
+
+  On a shared folder another may still see an older listing.
+  """
+  steps: list[int] = []
+  if hosts.is_first() and _folder(workdir).exists():
+    with open_reader(workdir) as reader:
+      steps = sorted(reader.all_steps(), reverse=True)
+  return hosts.gather(steps)[0]
+
+
 def check_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
   """Refuses a work folder of another config.
 
@@ -76,10 +88,11 @@ def check_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     ValueError: when the newest checkpoint is of another config. Fields under
       `run` may differ: they change how a run is watched, not what it learns.
   """
-  if not _folder(workdir).exists():
+  steps = _steps(workdir)
+  if not steps:
     return
   with open_reader(workdir) as reader:
-    for newest in sorted(reader.all_steps(), reverse=True):
+    for newest in steps:
       try:
         stored = reader.restore(
           newest, args=ocp.args.Composite(config=ocp.args.JsonRestore())
@@ -120,6 +133,17 @@ def _set_aside(workdir: Path, number: int) -> Path:
   return target
 
 
+def _changed(written_by: dict[str, str] | None) -> str:
+  """What is not the software that wrote a checkpoint; '' where all is."""
+  now = hosts.software()
+  then = written_by or {}
+  return ', '.join(
+    f'{name} {then[name]} -> {now.get(name, "nothing")}'
+    for name in then
+    if then[name] != now.get(name)
+  )
+
+
 def restore(
   workdir: Path, state: step.TrainState, batches: grain.DatasetIterator
 ) -> step.TrainState | None:
@@ -130,7 +154,7 @@ def restore(
 
   Args:
     workdir: of the run.
-    state: of the shapes and shardings to restore to.
+    state: arrays, or their shapes, with the dtypes and shardings to restore to.
     batches: the training iterator.
 
   Returns:
@@ -140,12 +164,12 @@ def restore(
     ValueError: when there are checkpoints and none can be read. They stay.
   """
   folder = _folder(workdir)
-  if not folder.exists():
+  numbers = _steps(workdir)
+  if not numbers:
     return None
   target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
   damaged: dict[int, str] = {}
   with open_reader(workdir) as reader:
-    numbers = sorted(reader.all_steps(), reverse=True)
     for number in numbers:
       reason = None
       try:
@@ -156,6 +180,7 @@ def restore(
             data=grain.checkpoint.CheckpointRestore(batches),
           ),
         ).state
+        written_by = reader.metadata(number).custom_metadata
       except Exception as error:
         # Damage shows in many ways: in JSON, in arrays, in what is missing.
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
@@ -163,8 +188,6 @@ def restore(
       if not reasons:
         break
       damaged[number] = reasons[0]
-  if not numbers:
-    return None
   if len(damaged) == len(numbers):
     raise ValueError(
       f'To resume, one checkpoint must be whole. {folder} holds '
@@ -180,6 +203,12 @@ def restore(
       print(
         f'The checkpoint of step {key} is damaged ({why}). It is kept as '
         f'{kept}, and the run resumes from step {number}.',
+        flush=True,
+      )
+    if changed := _changed(written_by):
+      print(
+        f'Since step {number} was saved, this has changed: {changed}. The run '
+        'goes on, but may not be the one that it would have been.',
         flush=True,
       )
   multihost_utils.sync_global_devices('damaged checkpoints are set aside')
@@ -261,4 +290,5 @@ def save(
         data=grain.checkpoint.CheckpointSave(batches),
         config=ocp.args.JsonSave(comparable(config)),
       ),
+      custom_metadata=hosts.software(),
     )

@@ -38,6 +38,28 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+  """Refuses how often and how many that are none.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  for name in ('log_every', 'evaluate_every', 'checkpoint_every', 'keep'):
+    if config.run[name] < 1:
+      raise ValueError(
+        f'`run.{name}` is a number of '
+        f'{"checkpoints" if name == "keep" else "steps"}, 1 or more. Given '
+        f'{config.run[name]}. Likely it was to be turned off: take more than '
+        f'the run has, `--config.run.{name}=1000000`.'
+      )
+  if not 0 <= config.label_smoothing < 1:
+    raise ValueError(
+      '`label_smoothing` is what the true label gives to all, from 0 to less '
+      f'than 1. Given {config.label_smoothing}. Likely meant in percent: '
+      '`--config.label_smoothing=0.1`.'
+    )
+
+
 def check_channels(config: ml_collections.ConfigDict) -> None:
   """Refuses AutoAugment of images that are not RGB.
 

@@ -64,15 +64,16 @@ class _Pieces(grain.MapDataset):
     make_row: Callable[[int, np.random.Generator], Element],
     config: ml_collections.ConfigDict,
     *,
+    batch_size: int,
     replacement: Element | None,
     host: int,
     hosts: int,
   ):
     super().__init__(numbers)
-    share = config.batch_size // hosts
+    share = batch_size // hosts
     self._make_row = make_row
     self._seed = config.seed
-    self._batch_size = config.batch_size
+    self._batch_size = batch_size
     self._first = host * share
     self._rows = max(x for x in range(1, _PIECE + 1) if share % x == 0)
     self._pieces = share // self._rows
@@ -298,11 +299,11 @@ def _batched(
   pieces: _Pieces,
   config: ml_collections.ConfigDict,
   *,
+  rows: int,
   workers: int,
   receive: Callable[[Skipped], None],
-  hosts: int,
 ) -> grain.DatasetIterator:
-  """A host's batches, made ahead by threads."""
+  """Batches of a host's `rows`, made ahead by threads."""
   threads = config.run.threads
   if workers and not flags.FLAGS.is_parsed():
     # In a program without flags; Grain reads one of its own for workers.
@@ -324,7 +325,7 @@ def _batched(
     return iter(made)
 
   return grain.experimental.ThreadPrefetchDatasetIterator(
-    _Batches(open_pieces, config.batch_size // hosts, receive),
+    _Batches(open_pieces, rows, receive),
     prefetch_buffer_size=1,
   )
 
@@ -386,12 +387,18 @@ def train_batches(
   )
   return _batched(
     _Pieces(
-      numbers, make_row, config, replacement=None, host=host, hosts=hosts
+      numbers,
+      make_row,
+      config,
+      batch_size=config.batch_size,
+      replacement=None,
+      host=host,
+      hosts=hosts,
     ),
     config,
+    rows=config.batch_size // hosts,
     workers=config.run.workers,
     receive=_receiver(skipped, len(source.train)),
-    hosts=hosts,
   )
 
 
@@ -399,6 +406,7 @@ def held_out_batches(
   source: sources.Source,
   config: ml_collections.ConfigDict,
   *,
+  batch_size: int,
   skipped: Skipped,
   host: int = 0,
   hosts: int = 1,
@@ -411,6 +419,8 @@ def held_out_batches(
   Args:
     source: where the images are.
     config: of the run.
+    batch_size: of all hosts together; that of training, or less where a device
+      holds less at once.
     skipped: receives the unreadable images that this host met.
     host: number of this host.
     hosts: how many read together, each `b = batch_size / hosts` rows.
@@ -421,8 +431,8 @@ def held_out_batches(
   Raises:
     ValueError: when the hosts do not divide the batch.
   """
-  _check_hosts(config.batch_size, host, hosts)
-  batches = math.ceil(len(source.held_out) / config.batch_size)
+  _check_hosts(batch_size, host, hosts)
+  batches = math.ceil(len(source.held_out) / batch_size)
   size = config.data.size
   padding = {
     'image': np.zeros((size, size, len(config.data.mean)), np.uint8),
@@ -437,16 +447,22 @@ def held_out_batches(
     size=size,
     padding=padding,
   )
-  numbers = grain.MapDataset.range(batches * config.batch_size)
+  numbers = grain.MapDataset.range(batches * batch_size)
   iterator = _batched(
     _Pieces(
-      numbers, make_row, config, replacement=padding, host=host, hosts=hosts
+      numbers,
+      make_row,
+      config,
+      batch_size=batch_size,
+      replacement=padding,
+      host=host,
+      hosts=hosts,
     ),
     config,
+    rows=batch_size // hosts,
     # They would take longer to start than to make so few images.
     workers=0,
     receive=_receiver(skipped, len(source.held_out)),
-    hosts=hosts,
   )
   try:
     yield from iterator

@@ -166,6 +166,29 @@ def shardings(
   )
 
 
+def describe_state(
+  config: ml_collections.ConfigDict,
+  model: models.ResNet,
+  tx: optax.GradientTransformation,
+  grad_fn: conadv.GradientFunction,
+  mesh: Mesh,
+) -> step.TrainState:
+  """Shapes, dtypes and shardings of the state that `make_state` makes."""
+  batches = [describe_batch(config, mesh)] * grad_fn.staleness
+  state = jax.eval_shape(
+    step.make_state(model, tx, grad_fn, config, mesh),
+    jax.random.key(0),
+    batches,
+  )
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    shardings(config, state, mesh),
+  )
+
+
 def make_state(
   config: ml_collections.ConfigDict,
   model: models.ResNet,
@@ -246,6 +269,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     {'workdir': str(workdir), **checkpoint.fields(config), **hosts.software()}
   )
   checks.check_choices(config)
+  checks.check_numbers(config)
   checks.check_channels(config)
   mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
   checks.check_groups(config, mesh)
@@ -280,9 +304,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     model = make_model(config, num_classes=source.num_classes)
     tx, schedule, steps = make_optimizer(config, images=len(source.train))
     grad_fn = methods.make_gradient(model, config, mesh)
-    first_batches = [place(next(batches)) for _ in range(grad_fn.staleness)]
-    state = make_state(config, model, tx, grad_fn, mesh, first_batches)
-    state = checkpoint.restore(workdir, state, batches) or state
+    # Of a run that resumes, one state is in memory, not two.
+    described = describe_state(config, model, tx, grad_fn, mesh)
+    state = checkpoint.restore(workdir, described, batches)
+    if state is None:
+      first = [place(next(batches)) for _ in range(grad_fn.staleness)]
+      state = make_state(config, model, tx, grad_fn, mesh, first)
+      del first
     done = int(state.step)
     manager = stack.enter_context(
       checkpoint.open_manager(workdir, keep=config.run.keep)
@@ -306,7 +334,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
 
     def evaluation(state: step.TrainState) -> dict[str, float]:
       held_out = input_pipeline.held_out_batches(
-        source, config, skipped=held_out_skipped, **part
+        source,
+        config,
+        # What a device holds at once.
+        batch_size=config.batch_size // config.accumulate,
+        skipped=held_out_skipped,
+        **part,
       )
       return evaluate_on(state, held_out) | {
         'held_out_skipped': sum(hosts.gather(len(held_out_skipped)))

@@ -1,6 +1,7 @@
 """Kills, damage and a full disk: what a run comes back from, and how."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from test_reference_train import (
   assert_equal,
@@ -225,6 +227,26 @@ def test_nothing_is_moved_where_all_are_damaged(workdir):
   assert '--workdir=' in lines[-1]
 
 
+def test_other_software_is_named(workdir, targets, monkeypatch, capsys):
+  checkpoint.restore(workdir, *targets)
+  assert 'has changed' not in capsys.readouterr().out
+  now = checkpoint.hosts.software() | {'grain': '0.0'}
+  monkeypatch.setattr(checkpoint.hosts, 'software', lambda: now)
+  checkpoint.restore(workdir, *targets)
+  version = importlib.metadata.version('grain')
+  assert f'has changed: grain {version} -> 0.0. The' in capsys.readouterr().out
+
+
+def test_a_run_that_resumes_holds_one_state(workdir, monkeypatch):
+  def restore(workdir, state, batches, restore=checkpoint.restore):
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    return restore(workdir, state, batches)
+
+  monkeypatch.setattr(checkpoint, 'restore', restore)
+  train.train(tiny(steps=6), workdir)
+
+
 def test_an_empty_folder_holds_nothing_to_restore(tmp_path, targets):
   assert checkpoint.restore(tmp_path, *targets) is None
   (tmp_path / 'checkpoints').mkdir()
@@ -233,6 +255,7 @@ def test_an_empty_folder_holds_nothing_to_restore(tmp_path, targets):
 
 def test_another_number_of_processes_is_refused(workdir, monkeypatch):
   monkeypatch.setattr(checkpoint.jax, 'process_count', lambda: 2, raising=True)
+  monkeypatch.setattr(checkpoint.hosts, 'gather', lambda value: [value] * 2)
   with pytest.raises(ValueError, match='processes: given 2, stored 1'):
     checkpoint.check_config(workdir, tiny(steps=6))
 

@@ -25,6 +25,7 @@ class Model(nn.Module):
 def make_config(batch_size):
   return ml_collections.ConfigDict(
     {
+      'seed': 0,
       'batch_size': batch_size,
       'data': {
         'size': 4,
@@ -60,7 +61,7 @@ def evaluated(source, *, batch_size=8, hosts=1):
   ]
   parts = [
     input_pipeline.held_out_batches(
-      source, config, skipped={}, host=host, hosts=hosts
+      source, config, batch_size=batch_size, skipped={}, host=host, hosts=hosts
     )
     for host in range(hosts)
   ]

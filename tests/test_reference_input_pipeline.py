@@ -133,7 +133,9 @@ def test_skipped_images_are_named_and_counted():
   assert skipped == {'2.jpg': 'Premature end', '7.jpg': 'Premature end'}
   skipped = {}
   held_out = list(
-    input_pipeline.held_out_batches(source, make_config(), skipped=skipped)
+    input_pipeline.held_out_batches(
+      source, make_config(), batch_size=4, skipped=skipped
+    )
   )
   assert sum(batch['mask'].sum() for batch in held_out) == 8
   assert len(skipped) == 2
@@ -145,7 +147,11 @@ def test_stops_at_an_unreadable_image_if_told_to():
   with pytest.raises(jpeg.BadImageError, match=r'2\.jpg is not: Premature end'):
     take(source, config, 8)
   with pytest.raises(jpeg.BadImageError, match='on_bad_image=skip'):
-    list(input_pipeline.held_out_batches(source, config, skipped={}))
+    list(
+      input_pipeline.held_out_batches(
+        source, config, batch_size=config.batch_size, skipped={}
+      )
+    )
 
 
 def test_no_readable_image_is_an_error_and_not_an_endless_search():
@@ -158,7 +164,9 @@ def test_no_readable_image_is_an_error_and_not_an_endless_search():
 def test_held_out_images_come_once_and_in_batches_of_one_shape(count):
   source, images = make_source(count=count)
   batches = list(
-    input_pipeline.held_out_batches(source, make_config(), skipped={})
+    input_pipeline.held_out_batches(
+      source, make_config(), batch_size=4, skipped={}
+    )
   )
   assert len(batches) == -(-count // 4)
   assert all(batch['image'].shape == (4, 8, 8, 3) for batch in batches)
@@ -216,7 +224,11 @@ def test_a_host_reads_its_own_records_alone(split):
     if split == 'train':
       take(source, config, 2, **share)
     else:
-      list(input_pipeline.held_out_batches(source, config, skipped={}, **share))
+      list(
+        input_pipeline.held_out_batches(
+          source, config, batch_size=config.batch_size, skipped={}, **share
+        )
+      )
   together = list(itertools.chain(*reads))
   # All that is read ahead is of the first epoch too.
   assert len(together) == len(set(together))
@@ -267,7 +279,12 @@ def test_held_out_images_count_once_over_all_hosts(data):
   parts, skipped = [], {}
   for host in range(hosts):
     batches = input_pipeline.held_out_batches(
-      source, config, skipped=skipped, host=host, hosts=hosts
+      source,
+      config,
+      batch_size=config.batch_size,
+      skipped=skipped,
+      host=host,
+      hosts=hosts,
     )
     parts.append(list(batches))
     for part in parts[-1]:
@@ -303,7 +320,7 @@ def test_hosts_that_do_not_divide_the_batch(host, hosts, message):
   with pytest.raises(ValueError, match=message):
     next(
       input_pipeline.held_out_batches(
-        source, make_config(), skipped={}, host=host, hosts=hosts
+        source, make_config(), batch_size=4, skipped={}, host=host, hosts=hosts
       )
     )
 

@@ -72,7 +72,12 @@ def test_batches_are_those_of_the_folder(source, target):
     train = list(itertools.islice(batches, 6))
     batches.close()
     taken.append(
-      train + list(input_pipeline.held_out_batches(opened, config, skipped={}))
+      train
+      + list(
+        input_pipeline.held_out_batches(
+          opened, config, batch_size=config.batch_size, skipped={}
+        )
+      )
     )
   for a, b in zip(*taken, strict=True):
     assert a.keys() == b.keys()

@@ -265,7 +265,10 @@ def test_evaluation_counts_every_image_once_on_main_statistics(count):
     model_state=spoilt[1]._replace(main=batch_stats),
   )
   result = evaluate.make_evaluation(model, config, place)(
-    state, input_pipeline.held_out_batches(source, config, skipped={})
+    state,
+    input_pipeline.held_out_batches(
+      source, config, batch_size=config.batch_size, skipped={}
+    ),
   )
   assert result['held_out_images'] == count
   assert result['held_out_accuracy'] == correct / count
@@ -284,7 +287,9 @@ def test_padding_is_never_right():
   head = {**params['Dense_1'], 'bias': bias}
   result = evaluate.make_evaluation(model, config, place)(
     state._replace(params={**params, 'Dense_1': head}),
-    input_pipeline.held_out_batches(source, config, skipped={}),
+    input_pipeline.held_out_batches(
+      source, config, batch_size=config.batch_size, skipped={}
+    ),
   )
   assert result['held_out_accuracy'] == np.mean(batch['label'] == 0)
 
@@ -309,7 +314,10 @@ def test_evaluation_is_split_over_the_devices():
     CLASSES,
   )
   [batch] = itertools.islice(
-    input_pipeline.held_out_batches(source, config, skipped={}), 1
+    input_pipeline.held_out_batches(
+      source, config, batch_size=config.batch_size, skipped={}
+    ),
+    1,
   )
   for array in place(batch).values():
     assert len(array.sharding.device_set) == DEVICES

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from reference import checkpoint, metrics, train
+from reference import checkpoint, input_pipeline, loop, metrics, train
 from reference.configs import digits, jpeg_folder
 
 BATCH = 16
@@ -101,6 +101,28 @@ def test_the_main_job(method, tmp_path, capsys):
   assert str(tmp_path / 'metrics.csv') in out
   assert '48.0/48.0' in err
   assert 'img/s' in err
+
+
+def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
+  def run_steps(config, *arguments, run=loop.run_steps, **keywords):
+    batch = (config.batch_size, 8, 8, 1)
+    assert [x for x in jax.live_arrays() if x.shape == batch] == []
+    return run(config, *arguments, **keywords)
+
+  shapes = set()
+
+  def held_out_batches(
+    *arguments, make=input_pipeline.held_out_batches, **more
+  ):
+    for batch in make(*arguments, **more):
+      shapes.add(batch['image'].shape)
+      yield batch
+
+  monkeypatch.setattr(loop, 'run_steps', run_steps)
+  monkeypatch.setattr(input_pipeline, 'held_out_batches', held_out_batches)
+  final = train.train(tiny(steps=2, accumulate=2), tmp_path)
+  assert final['held_out_images'] == 360
+  assert shapes == {(8, 8, 8, 1)}
 
 
 @pytest.fixture(scope='module')
@@ -218,9 +240,12 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
     ),
     ('data.crop', 'random', '--config.data.crop=random_resized'),
     ('model.block', 'bottle', '--config.model.block=bottleneck'),
+    ('run.keep', 0, r'number of checkpoints, 1 or more\. Given 0.*run\.keep='),
+    ('run.log_every', 0, r'number of steps.*--config\.run\.log_every=1000000'),
+    ('label_smoothing', 1.5, r'less than 1\. Given 1\.5.*label_smoothing=0\.1'),
   ],
 )
-def test_a_choice_that_does_not_exist(field, value, message, tmp_path):
+def test_a_field_that_cannot_be(field, value, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     train.train(tiny(**{field: value}), tmp_path)
 

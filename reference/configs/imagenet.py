@@ -10,7 +10,8 @@ ImageNet's deviations is 4.0 to 4.1 of 255 levels; here it is 4.0. The attack is
 one step of that length towards a random wrong class, from a uniform random
 start, or with probability 0.2 from the clean image. That code then clips the
 normalised image to [-1, 1], which changes clean pixels too; here a pixel stays
-within 0 and 255. Every branch has label smoothing 0.1 and the same weight.
+within 0 and 255. Every branch has label smoothing 0.1 and the same weight; here
+the loss that the attack lowers has it too, there it has not.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@
 
 50,000 training images in batches of 128 are 390.6 steps an epoch; one epoch is
 391 steps. The net is small enough for a CPU: for ResNet-18 take
-`--config.model.stage_sizes=(2,2,2,2) --config.model.filters=64`, more epochs,
+`--config.model.stage_sizes='(2,2,2,2)' --config.model.filters=64`, more epochs,
 and a GPU or TPU.
 
 Result on CIFAR-10 as 60,000 JPEGs: 43.02 % of the 10,000 held-out images right,
