@@ -14,12 +14,15 @@ It needs libtpu, which holds the compiler: `pip install '.[reference,tpu]'`.
 """
 
 import csv
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import os
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from ml_collections import config_flags
 
-from reference import checks, methods, train
+from reference import checks, hosts, methods, train
 from reference.configs import imagenet
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -286,10 +289,12 @@ def print_account(
   limit = HBM_GIB[kind]
   verdict = 'fits' if needs.memory <= limit * _GIB else 'does not fit'
   print(f'  {verdict} into the {limit} GiB that a program may have')
-  print(f'  {"FLOPs":<18}{needs.flops:>16,.0f}')
+  # The compiler counts the body of a loop once, however often it runs.
+  of_one = ' of one micro-batch' if config.accumulate > 1 else ''
+  print(f'  {"FLOPs":<18}{needs.flops:>16,.0f}{of_one}')
   for name, (count, size) in needs.collectives.items():
     print(f'  {name:<18}{size:>16,} bytes in {count}')
-  if needs.seconds is None:
+  if needs.seconds is None or of_one:
     print(f'  {"a step":<18}{"no estimate of its seconds":>16}')
   else:
     rate = config.batch_size / needs.seconds
@@ -297,6 +302,12 @@ def print_account(
       f'  {"a step":<18}{needs.seconds:>16.4f} seconds, {rate:,.0f} images/s '
       'on the slice'
     )
+
+
+def _software() -> str:
+  """Tells one compiler and code from another."""
+  versions = hosts.software() | {'libtpu': metadata.version('libtpu')}
+  return hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:12]
 
 
 def table_row(
@@ -322,7 +333,7 @@ def table_row(
     'all-reduced, MB': f'{reduced / 1e6:.0f}',
     's a step': seconds,
     'images/s': rate,
-    'jax': jax.__version__,
+    'software': _software(),
   }
 
 
@@ -331,16 +342,16 @@ def print_table(path: Path) -> None:
 
   Args:
     path: of a CSV that receives every row at once; rows that it has already,
-      of this version of JAX, are printed as they are.
+      of this code and compiler, are printed as they are.
   """
-  known = {}
+  known, software = {}, _software()
   if path.exists():
     with path.open(newline='') as file:
       known = {tuple(x.values())[:3]: x for x in csv.DictReader(file)}
   path.parent.mkdir(parents=True, exist_ok=True)
   for index, (name, method, batch_size, topology) in enumerate(_RUNS):
     row = known.get((f'`{method}`', f'{batch_size:,}', f'`{topology}`'))
-    if row is None or row['jax'] != jax.__version__:
+    if row is None or row.get('software') != software:
       module = importlib.import_module(f'reference.configs.{name}')
       config = module.get_config()
       config.update({'method': method, 'batch_size': batch_size})
@@ -355,7 +366,7 @@ def print_table(path: Path) -> None:
         if is_new:
           writer.writeheader()
         writer.writerow(row)
-    cells = {name: cell for name, cell in row.items() if name != 'jax'}
+    cells = {name: cell for name, cell in row.items() if name != 'software'}
     if index == 0:
       print(f'| {" | ".join(cells)} |\n|{"---|" * len(cells)}')
     print(f'| {" | ".join(cells.values())} |', flush=True)

@@ -320,7 +320,15 @@ def test_the_table_has_a_row_for_every_run_and_goes_on(
   )
   assert row['s a step'] == row['images/s'] == ''
 
-  monkeypatch.setattr(jax, '__version__', 'another')
+  config.accumulate = 4
+  mesh = aot.make_mesh('v3:16x16', config.batch_size)
+  aot.print_account(config, 'v3:16x16', mesh, needs)
+  out = capsys.readouterr().out
+  assert '2,500,000,000,000 of one micro-batch' in out
+  assert 'no estimate of its seconds' in out
+
+  # Another compiler, or the same after a change of the code.
+  monkeypatch.setattr(aot.hosts, 'software', lambda: {'jax': 'another'})
   compiled.clear()
   aot.print_table(path)
   assert len(compiled) == 1 + len(rest)
