@@ -78,6 +78,26 @@ def check_channels(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_classes(config: ml_collections.ConfigDict, found: int) -> None:
+  """Refuses images of more or fewer classes than the config is for.
+
+  Args:
+    config: of the run; one without `data.classes` takes any number.
+    found: number of classes of the images.
+
+  Raises:
+    ValueError: naming both.
+  """
+  expected = config.data.get('classes', found)
+  if found != expected:
+    raise ValueError(
+      f'The images must be of `data.classes` classes, {expected}. Given '
+      f'{found} in {config.data.folder}. Likely a copy broke off or a folder '
+      'is no class; if they are meant to be so many, '
+      f'`--config.data.classes={found}`.'
+    )
+
+
 def check_batch(batch_size: int, devices: int, *, accumulate: int) -> None:
   """Refuses a batch that does not divide over devices and micro-batches.
 

@@ -1,10 +1,11 @@
 """Turns JPEGs into shards: `python -m reference.prepare_data`.
 
-First every image is decoded, so that damage is known before anything is
-written; then the shards are written one after the other. The same command goes
-on where a stopped one was.
+First it prints how many images each class has, then every image is decoded, so
+that damage is known before anything is written; then the shards are written one
+after the other. The same command goes on where a stopped one was.
 """
 
+import collections
 import fcntl
 import itertools
 import os
@@ -75,6 +76,25 @@ def _reason(image: image_files.ImageFile) -> str | None:
   except jpeg.BadImageError as error:
     return error.reason
   return None
+
+
+def describe(listing: image_files.Listing) -> str:
+  """Counts in words, in which a class that is cut short can be seen."""
+  lines = [f'{len(listing.classes)} classes.']
+  for split in shards.SPLITS:
+    counts = collections.Counter(x.label for x in getattr(listing, split))
+    (least, few), (most, many) = (
+      (listing.classes[label], counts[label])
+      for label in (
+        min(counts, key=counts.__getitem__),
+        max(counts, key=counts.__getitem__),
+      )
+    )
+    lines.append(
+      f'{split}: {counts.total():,} images, {few:,} ({least}) to {many:,} '
+      f'({most}) a class.'
+    )
+  return '\n'.join(lines)
 
 
 def find_unreadable(images: Images) -> dict[str, str]:
@@ -164,14 +184,14 @@ def _check_space(target: Path, images: Images) -> None:
 def _find_missing(
   target: Path, listing: image_files.Listing, manifest: shards.Manifest
 ) -> dict[Path, Images]:
-  """The shards that are not there, and the images of each."""
+  """The shards that are not there or not whole, and the images of each."""
   missing: dict[Path, Images] = {}
   for split in shards.SPLITS:
     images = iter(_readable(listing, split, manifest.skipped))
     paths = shards.paths(target, manifest, split)
     for path, count in zip(paths, manifest.counts[split], strict=True):
       part = list(itertools.islice(images, count))
-      if not path.exists():
+      if not path.exists() or shards.count_records(path) != count:
         missing[path] = part
   return missing
 
@@ -214,6 +234,7 @@ def prepare(
     OSError: when the disk is full; the finished shards stay.
   """
   listing = image_files.list_images(source, held_out_labels)
+  print(describe(listing), flush=True)
   target.mkdir(parents=True, exist_ok=True)
   with _alone(target):
     manifest = shards.read_manifest(target)

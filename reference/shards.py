@@ -98,11 +98,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-  """The manifest of a folder, None where there is none."""
+  """The manifest of a folder, None where there is none.
+
+  Raises:
+    ValueError: for a damaged one.
+  """
+  path = folder / _MANIFEST
   try:
-    return Manifest(**json.loads((folder / _MANIFEST).read_text()))
+    return Manifest(**json.loads(path.read_text()))
   except FileNotFoundError:
     return None
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'A manifest must be as prepare_data wrote it. {path} is not: {error}. '
+      'Likely a copy broke off: copy the folder again, or prepare another, '
+      f'`--target={folder}_2`.'
+    ) from error
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:

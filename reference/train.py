@@ -281,6 +281,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     hosts.check_shared(workdir)
     checkpoint.check_config(workdir, config)
     source = sources.open_source(config.data)
+    checks.check_classes(config, source.num_classes)
     hosts.check_alike(
       {
         'training images': len(source.train),

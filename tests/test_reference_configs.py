@@ -66,6 +66,10 @@ def test_every_method_is_a_choice(name, method):
   assert config.name == name
   checks.check_choices(config)
   checks.check_channels(config)
+  checks.check_numbers(config)
+  checks.check_classes(config, 1000)
+  with pytest.raises(ValueError, match=r'1000\. Given 999.*data\.classes=999'):
+    checks.check_classes(config, 999)
 
 
 @configs

@@ -127,6 +127,31 @@ def test_a_complete_folder_is_left_alone(source, target):
   assert identity(target) == before
 
 
+def test_a_shard_that_was_cut_short_is_written_anew(source, target):
+  prepare(source, target)
+  before = identity(target)
+  path = target / SHARDS[2]
+  whole = path.read_bytes()
+  path.write_bytes(whole[:100])
+  prepare(source, target)
+  assert path.read_bytes() == whole
+  after = identity(target)
+  del before[path.name], after[path.name]
+  assert after == before
+
+
+def test_a_damaged_manifest_is_explained(source, target):
+  prepare(source, target)
+  path = target / 'manifest.json'
+  path.write_bytes(path.read_bytes()[:50])
+  for read in (
+    lambda: prepare(source, target),
+    lambda: sources.array_record(str(target)),
+  ):
+    with pytest.raises(ValueError, match=f'{path} is not.*--target={target}_2'):
+      read()
+
+
 def test_a_disk_that_gets_full_is_told_and_loses_nothing(source, target):
   """The limit makes the system refuse to write, as a full disk does."""
   (source / 'val' / 'n10' / '0.JPEG').write_bytes(make_jpeg(0, (700, 700)))
@@ -316,5 +341,10 @@ def test_the_command_from_end_to_end(source, target):
   result = command(*flags, '--on_bad_image=skip')
   assert result.returncode == 0, result.stderr
   assert 'Skipped val/n10/0.JPEG: Premature end' in result.stdout
+  assert result.stdout.startswith(
+    '3 classes.\n'
+    'train: 10 images, 2 (n10) to 5 (n02) a class.\n'
+    'held_out: 3 images, 1 (n01) to 1 (n01) a class.\n'
+  )
   assert 'train: 9 images in 1 shards.' in result.stdout
   assert f'3 classes in {target}.' in result.stdout

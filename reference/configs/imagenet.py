@@ -63,6 +63,7 @@ def make_config(
         'source': 'array_record',  # or jpeg_folder
         # Holds the shards of prepare_data; or train/CLASS/*.jpg and val/.
         'folder': '',
+        'classes': CLASSES,
         'size': 224,
         'crop': 'random_resized',
         'flip': True,
