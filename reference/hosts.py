@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import signal
 import threading
@@ -50,7 +51,7 @@ def start(
       '`--coordinator`, `--num_processes` or `--process_id`: leave out either.'
     )
   if distributed:
-    jax.distributed.initialize()
+    jax.distributed.initialize(local_device_ids=_local_devices())
   elif by_hand != (None, None, None):
     if None in by_hand:
       raise ValueError(
@@ -60,7 +61,20 @@ def start(
         '`--coordinator=ADDRESS_OF_THE_FIRST:1234 --num_processes=2 '
         '--process_id=1`.'
       )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, _local_devices()
+    )
+
+
+def _local_devices() -> list[int] | None:
+  """Devices of this host: [] for all of them, None for those that JAX takes.
+
+  Under Slurm JAX takes one GPU for each process, even where that has the host
+  to itself.
+  """
+  tasks = os.environ.get('SLURM_NTASKS')
+  alone = tasks == os.environ.get('SLURM_STEP_NUM_NODES', tasks)
+  return [] if alone and 'JAX_LOCAL_DEVICE_IDS' not in os.environ else None
 
 
 def is_first() -> bool:

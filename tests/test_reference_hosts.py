@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src import distributed, xla_bridge
 from jax.sharding import Mesh
 from test_reference_checkpoint import make_targets
 from test_reference_train import read_csv, steps_saved, tiny
@@ -267,6 +269,52 @@ def test_one_process_needs_no_flags(monkeypatch):
   hosts.start(
     distributed=False, coordinator=None, num_processes=None, process_id=None
   )
+
+
+@pytest.mark.parametrize('by_hand', [False, True])
+@pytest.mark.parametrize(
+  ('environment', 'visible'),
+  [
+    ({}, 'all'),
+    ({'SLURM_STEP_NUM_NODES': '2'}, 'all'),
+    # As JAX has it: a GPU for each of four processes on two hosts.
+    ({'SLURM_STEP_NUM_NODES': '2', 'SLURM_NTASKS': '4'}, '0'),
+    ({'JAX_LOCAL_DEVICE_IDS': '2,3'}, '2,3'),
+  ],
+)
+def test_a_process_alone_on_its_host_sees_every_gpu_under_slurm(
+  monkeypatch, environment, visible, by_hand
+):
+  slurm = {
+    'SLURM_JOB_ID': '7',
+    'SLURM_STEP_NODELIST': 'node[1-2]',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': '1',
+    'SLURM_LOCALID': '0',
+  }
+  for name, value in {**slurm, **environment}.items():
+    monkeypatch.setenv(name, value)
+  # JAX's own detection; only what connects is left out.
+  state = distributed.State()
+  monkeypatch.setattr(distributed, 'global_state', state)
+  monkeypatch.setattr(xla_bridge, 'backends_are_initialized', lambda: False)
+  monkeypatch.setattr(
+    distributed._jax, 'get_distributed_runtime_client', mock.MagicMock()
+  )
+  monkeypatch.setattr(state, 'initialize_preemption_sync_manager', lambda: None)
+  updates = {'jax_cuda_visible_devices': 'all'}
+  monkeypatch.setattr(
+    distributed, 'config', mock.Mock(update=updates.__setitem__)
+  )
+  hosts.start(
+    distributed=not by_hand,
+    coordinator='node1:1234' if by_hand else None,
+    num_processes=int(os.environ['SLURM_NTASKS']) if by_hand else None,
+    process_id=1 if by_hand else None,
+  )
+  assert state.process_id == 1
+  assert state.num_processes == int(os.environ['SLURM_NTASKS'])
+  assert updates['jax_cuda_visible_devices'] == visible
 
 
 def test_the_signal_is_caught_while_it_matters_alone():
