@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import threading
 import uuid
@@ -153,27 +154,61 @@ def check_alike(fields: dict[str, Any]) -> None:
     )
 
 
+def _make_as_orbax_does(folder: Path) -> str:
+  """Makes a folder with a file in it, under another name that it then changes.
+
+  Returns:
+    What went wrong and how to mend it; empty where nothing did.
+  """
+  unfinished = folder.with_name(f'{folder.name}.unfinished')
+  try:
+    unfinished.mkdir(parents=True)
+    (unfinished / 'file').touch()
+  except OSError as error:
+    return (
+      f'The work folder must be writable. Given {folder.parent}: {error}. '
+      'Likely root mounted the storage and owns it, run on every host '
+      '`sudo chown "$USER" /mnt/runs`; or the path is mistyped, `--workdir=`.'
+    )
+  try:
+    unfinished.rename(folder)
+  except OSError as error:
+    return (
+      'The work folder must lie where folders that hold files can be renamed, '
+      f'as that is how a checkpoint becomes whole. Given {folder.parent}: '
+      f'{error}. Likely it is a mounted bucket whose namespace is flat: take '
+      'NFS, or make another bucket, `gcloud storage buckets create gs://NAME '
+      '--location=REGION --uniform-bucket-level-access '
+      '--enable-hierarchical-namespace`.'
+    )
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  return ''
+
+
 def check_shared(folder: Path) -> None:
-  """Makes a folder, and refuses one that not every process sees.
+  """Makes a folder, and refuses one that cannot hold checkpoints of all.
 
   Raises:
-    ValueError: on every process, naming those that do not see it.
+    ValueError: on every process, when the first cannot write there or rename
+      what it wrote, or naming those that do not see it.
   """
   probe = folder / f'.seen_by_all_{gather(uuid.uuid4().hex)[0]}'
+  failure = gather(_make_as_orbax_does(probe) if is_first() else '')[0]
+  if failure:
+    raise ValueError(failure)
+  # Path.exists raises where a folder on the way may not be read.
+  seen = gather(os.path.exists(probe))
   if is_first():
-    folder.mkdir(parents=True, exist_ok=True)
-    probe.touch()
-  multihost_utils.sync_global_devices('the probe is there')
-  seen = gather(probe.exists())
-  if is_first():
-    probe.unlink()
+    shutil.rmtree(probe)
   if not all(seen):
     blind = [index for index, sees in enumerate(seen) if not sees]
     raise ValueError(
       'The work folder must lie on storage that all hosts share, as each '
       f'writes its part of a checkpoint. {folder} of process 0 is not seen by '
-      f'process(es) {blind}. Likely it is a local disk: mount a file share or '
-      'a bucket on every host, `--workdir=/mnt/shared/run`.'
+      f'process(es) {blind}. Likely it is a local disk: mount a file share on '
+      'every host, `sudo mount ADDRESS:/runs /mnt/runs`, and take '
+      '`--workdir=/mnt/runs/1`.'
     )
 
 

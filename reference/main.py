@@ -52,9 +52,9 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value or f'runs/{config.name}_{config.method}'
   if '://' in workdir:
     raise app.UsageError(
-      f'A work folder is a folder. Given --workdir={workdir}. Mount the bucket '
-      'on every host, `gcsfuse BUCKET /mnt/runs`, and take '
-      '`--workdir=/mnt/runs/1`.'
+      f'A work folder is a folder. Given --workdir={workdir}. Mount NFS, or a '
+      'bucket whose namespace is hierarchical, on every host, '
+      '`gcsfuse BUCKET /mnt/runs`, and take `--workdir=/mnt/runs/1`.'
     )
   hosts.start(
     distributed=_DISTRIBUTED.value,

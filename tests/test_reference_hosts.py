@@ -1,5 +1,7 @@
 """Two processes over loopback are one run: its start, its steps, its stop."""
 
+import concurrent.futures
+import errno
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -236,6 +239,68 @@ def test_a_folder_that_one_process_does_not_see(tmp_path, monkeypatch):
   assert list((tmp_path / 'work').iterdir()) == []
 
 
+def in_two_processes(monkeypatch, function):
+  """What two processes raise; they are threads here, that gather in turn."""
+  here = threading.local()
+  barrier = threading.Barrier(2, timeout=2)
+  values = [None, None]
+
+  def gather(value):
+    values[here.index] = value
+    barrier.wait()
+    gathered = list(values)
+    barrier.wait()
+    return gathered
+
+  def run(index):
+    here.index = index
+    try:
+      function()
+    except Exception as error:
+      return error
+
+  monkeypatch.setattr(hosts, 'gather', gather)
+  monkeypatch.setattr(hosts, 'is_first', lambda: here.index == 0)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    return list(pool.map(run, range(2)))
+
+
+def test_a_folder_that_cannot_be_made_stops_every_process(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'file').touch()
+  workdir = tmp_path / 'file' / 'work'
+  errors = in_two_processes(monkeypatch, lambda: hosts.check_shared(workdir))
+  for error in errors:
+    assert isinstance(error, ValueError)
+    assert f'must be writable. Given {workdir}: ' in str(error)
+    assert 'Not a directory' in str(error)
+    assert '`sudo chown "$USER" /mnt/runs`' in str(error)
+
+
+def test_a_folder_where_folders_are_not_renamed_stops_every_process(
+  tmp_path, monkeypatch
+):
+  rename = os.rename
+
+  def as_gcsfuse_does(source, target):
+    if os.path.isdir(source) and os.listdir(source):
+      raise OSError(errno.EMFILE, 'Too many open files')
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'rename', as_gcsfuse_does)
+  errors = in_two_processes(monkeypatch, lambda: hosts.check_shared(tmp_path))
+  for error in errors:
+    assert isinstance(error, ValueError)
+    assert f'Given {tmp_path}: [Errno 24] Too many open' in str(error)
+    assert '--enable-hierarchical-namespace`' in str(error)
+  assert list(tmp_path.iterdir()) == []
+  monkeypatch.setattr(os, 'rename', rename)
+  assert in_two_processes(
+    monkeypatch, lambda: hosts.check_shared(tmp_path)
+  ) == [None, None]
+
+
 def test_one_process_is_alike_and_sees_its_folder(tmp_path):
   hosts.check_alike({'any': 1})
   hosts.check_shared(tmp_path / 'deep' / 'work')
@@ -303,9 +368,7 @@ def test_a_process_alone_on_its_host_sees_every_gpu_under_slurm(
   )
   monkeypatch.setattr(state, 'initialize_preemption_sync_manager', lambda: None)
   updates = {'jax_cuda_visible_devices': 'all'}
-  monkeypatch.setattr(
-    distributed, 'config', mock.Mock(update=updates.__setitem__)
-  )
+  monkeypatch.setattr(distributed.config, 'update', updates.__setitem__)
   hosts.start(
     distributed=not by_hand,
     coordinator='node1:1234' if by_hand else None,
