@@ -23,7 +23,19 @@ from jax.experimental import multihost_utils
 # start again what left with this, as every process that SIGTERM ends does.
 PREEMPTED = 128 + signal.SIGTERM
 
-_PACKAGES = ('jax', 'jaxlib', 'optax', 'flax', 'grain', 'orbax-checkpoint')
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'libtpu',
+  'numpy',
+  'optax',
+  'flax',
+  'orbax-checkpoint',
+  'grain',
+  'array-record',
+  'simplejpeg',
+  'opencv-python-headless',
+)
 
 
 def start(
@@ -94,8 +106,15 @@ def gather(value: Any) -> list[Any]:
   ]
 
 
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'not installed'
+
+
 def software() -> dict[str, str]:
-  """Versions of what computes, and a hash of every source file."""
+  """Versions of all that a result depends on, and a hash of every source."""
   root = Path(__file__).parents[1]
   files = sorted(
     path
@@ -104,7 +123,7 @@ def software() -> dict[str, str]:
   )
   return {
     'python': platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    **{name: _version(name) for name in _PACKAGES},
     **{
       str(path.relative_to(root)): hashlib.sha256(
         path.read_bytes()

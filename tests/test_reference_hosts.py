@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import errno
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -213,6 +216,31 @@ def test_the_software_of_a_host_names_every_source_file():
       assert len(software[str(path.relative_to(ROOT))]) == 12
   hashes = [value for name, value in software.items() if name.endswith('.py')]
   assert len(set(hashes)) >= len(hashes) - 2
+
+
+def test_the_software_of_a_host_is_all_that_decides_a_result(monkeypatch):
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  needed = {
+    re.split(r'[\[>=]', requirement)[0]
+    for requirement in (
+      *project['dependencies'],
+      *project['optional-dependencies']['reference'],
+    )
+  }
+  # These check, parse, draw and report.
+  needed -= {'chex', 'absl-py', 'ml_collections', 'tqdm', 'tensorboardX'}
+  needed -= {'matplotlib', 'scikit-learn'}
+  assert needed | {'jaxlib', 'libtpu', 'numpy'} <= hosts.software().keys()
+
+  version = importlib.metadata.version
+
+  def without_a_tpu(name):
+    if name == 'libtpu':
+      raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(importlib.metadata, 'version', without_a_tpu)
+  assert hosts.software()['libtpu'] == 'not installed'
 
 
 def test_a_changed_source_file_changes_its_hash_alone(tmp_path, monkeypatch):
