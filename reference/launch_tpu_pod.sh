@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a slice of a TPU pod: creates it, copies this code to all its hosts,
 # starts the run, follows it, and deletes the slice. Every command is printed
-# before it runs; --dry-run prints them alone.
+# before it runs; --dry-run prints them alone, and when each would run.
 set -euo pipefail
 
 usage() {
@@ -32,9 +32,12 @@ is among them; --distributed is added.
 USAGE
 }
 
+# As ssh leaves where the connection is lost: the same command may yet succeed.
+lost=255
+
 fail() {
   printf 'launch_tpu_pod.sh: %s\n' "$1" >&2
-  exit 2
+  exit "${2:-2}"
 }
 
 # Prints a command as it could be typed, and runs it unless the run is dry.
@@ -45,6 +48,11 @@ show_and_do() {
   if [[ -z $dry_run ]]; then
     "$@"
   fi
+}
+
+# True in a dry run, which goes every way and says when a real one would.
+dry_if() {
+  [[ -n $dry_run ]] && printf '# if %s:\n' "$1" >&2
 }
 
 queued() {
@@ -69,35 +77,50 @@ runtime_of() {
   esac
 }
 
-# Nothing, and gcloud's error, where there is no such slice.
+# Nothing where there is no such slice.
 state() {
-  queued describe '--format=value(state.state)' || true
+  local found
+  found=$(queued describe '--format=value(state.state)') || true
+  # It fails without a slice, and without an answer. To list all tells which.
+  if dry_if 'that fails' || [[ -z $found ]]; then
+    show_and_do gcloud compute tpus queued-resources list "${place[@]}" >&2 ||
+      fail 'gcloud does not say whether the slice is there' "$lost"
+  fi
+  echo "$found"
+}
+
+# The state once it is none that passes by itself.
+settled() {
+  local found
+  while found=$(state) || exit; do
+    case $found in
+      '' | ACTIVE | SUSPENDED | FAILED) break ;;
+    esac
+    echo "Waiting for the slice: $found" >&2
+    sleep 30
+  done
+  echo "$found"
 }
 
 create() {
   [[ -n $type ]] || fail "$command needs the size of the slice: --type=v3-1024"
   runtime=${runtime:-$(runtime_of "$type")}
   local found
-  found=$(state)
-  case $found in
-    SUSPENDED | SUSPENDING | FAILED)
-      # What is left of a slice that was taken away.
-      queued delete --force --quiet
-      found=
-      ;;
-  esac
-  if [[ -z $found ]]; then
+  found=$(settled)
+  if dry_if 'it was taken away' || [[ $found == SUSPENDED || $found == FAILED ]]; then
+    queued delete --force --quiet
+    [[ -n $dry_run ]] || found=$(settled)
+  fi
+  if dry_if 'there is none' || [[ -z $found ]]; then
     queued create "--node-id=$name" "--accelerator-type=$type" \
       "--runtime-version=$runtime" ${spot:+"$spot"}
+    [[ -n $dry_run ]] || found=$(settled)
   fi
-  [[ -z $dry_run ]] || return 0
-  until found=$(state) && [[ $found == ACTIVE ]]; do
-    case $found in
-      SUSPENDED | FAILED) fail "the slice was not granted: $found" ;;
-    esac
-    echo "Waiting for the slice: ${found:-asked for}" >&2
-    sleep 30
-  done
+  case $dry_run$found in
+    yes | ACTIVE) ;;
+    SUSPENDED) fail 'the slice was taken away again' "$lost" ;;
+    *) fail "the slice was not granted: ${found:-it is gone}" ;;
+  esac
 }
 
 is_running='kill -0 "$(cat train.pid)" 2>/dev/null'
@@ -181,7 +204,8 @@ place=("--zone=$zone" ${project:+"--project=$project"})
 case $command in
   run)
     create
-    if [[ -n $dry_run ]] || ! on_hosts 0 "$is_running"; then
+    if ! on_hosts 0 "$is_running" ||
+      dry_if 'that fails, as no run is under way, copy and start'; then
       copy
       start
     fi

@@ -15,19 +15,23 @@ ROOT = Path(train.__file__).parents[1]
 SCRIPT = ROOT / 'reference' / 'launch_tpu_pod.sh'
 SLICE = ('--name=pod', '--zone=europe-west4-a')
 WORKDIR = '--workdir=/mnt/my runs/1'
+ARCHIVE = 'conadv_optax.tar.gz'
 
 # Hosts are folders here: a command runs in that of the worker, or in each.
 GCLOUD = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >> "$HOSTS/log"
+(printf '%s\\0' gcloud "$@"; printf '\\1') >> "$HOSTS/log"
 for last; do
   case $last in --worker=*) worker=${last#*=} ;; --command=*) line=${last#*=} ;;
   esac
 done
 case "$3 $4" in
   'queued-resources describe')
+    # A line for every time that one asks; the last one stays.
     test -s "$HOSTS/state" || exit 1
-    cat "$HOSTS/state" ;;
-  'queued-resources create') echo ACTIVE > "$HOSTS/state" ;;
+    head -n 1 "$HOSTS/state" | grep -v NONE || exit 1
+    test "$(wc -l < "$HOSTS/state")" = 1 || sed -i 1d "$HOSTS/state" ;;
+  'queued-resources list') test ! -e "$HOSTS/no_answer" ;;
+  'queued-resources create') cp "$HOSTS/granted" "$HOSTS/state" ;;
   'queued-resources delete') rm "$HOSTS/state" ;;
   'tpu-vm scp') for host in 0 1; do cp "$5" "$HOSTS/$host/${6#*:}"; done ;;
   'tpu-vm ssh')
@@ -41,6 +45,10 @@ printf '%s\\n' "$PWD" "$@" > ../arguments
 trap 'echo saved; exit 143' TERM
 echo training
 for _ in {1..200}; do sleep 0.05; test -e ../go_on || continue; exit 0; done
+"""
+# Waiting for a slice takes no time here.
+SLEEP = """#!/bin/sh
+test "$1" -ge 30 2>/dev/null || exec /bin/sleep "$1"
 """
 
 
@@ -68,10 +76,31 @@ def split(shown):
   # Bash prints control characters as $'..', which shlex does not know.
   lines = [line[2:] for line in shown.splitlines() if line.startswith('+ ')]
   script = '\n'.join(f"printf '%s\\0' {line}; printf '\\1'" for line in lines)
-  words = subprocess.run(
-    ['bash', '-c', script], capture_output=True, text=True, check=True
-  ).stdout
-  return [line.split('\0')[:-1] for line in words.split('\1')[:-1]]
+  return words(
+    subprocess.run(
+      ['bash', '-c', script], capture_output=True, text=True, check=True
+    ).stdout
+  )
+
+
+def words(text):
+  return [line.split('\0')[:-1] for line in text.split('\1')[:-1]]
+
+
+def without_archive(lines):
+  """What differs between two runs is the folder of the archive."""
+  return [
+    [word for word in x if not word.endswith('/' + ARCHIVE)] for x in lines
+  ]
+
+
+def gcloud(hosts):
+  """All that gcloud was asked for."""
+  return words((hosts / 'log').read_text())
+
+
+def about_the_slice(hosts):
+  return [line[4] for line in gcloud(hosts) if line[3] == 'queued-resources']
 
 
 @pytest.fixture
@@ -84,6 +113,8 @@ def hosts(tmp_path):
     path.chmod(0o755)
 
   program(tmp_path / 'bin' / 'gcloud', GCLOUD)
+  program(tmp_path / 'bin' / 'sleep', SLEEP)
+  (tmp_path / 'granted').write_text('ACTIVE\n')
   program(tmp_path / 'bin' / 'python3', '#!/bin/sh\n')
   for host in '01':
     program(tmp_path / host / '.venv' / 'bin' / 'python', PYTHON)
@@ -110,7 +141,7 @@ def test_bash_can_read_it():
 
 
 def test_create_asks_for_a_queued_resource():
-  described, created = commands(
+  described, listed, deleted, created = commands(
     'create', *SLICE, '--type=v3-1024', '--spot', '--project=my project'
   )
   queued = ['gcloud', 'compute', 'tpus', 'queued-resources']
@@ -118,6 +149,8 @@ def test_create_asks_for_a_queued_resource():
   assert described == [
     *queued, 'describe', 'pod', *place, '--format=value(state.state)'
   ]  # fmt: skip
+  assert listed == [*queued, 'list', *place]
+  assert deleted == [*queued, 'delete', 'pod', *place, '--force', '--quiet']
   assert created == [
     *queued,
     'create',
@@ -172,11 +205,80 @@ def test_a_run_is_all_of_them_in_turn():
     *commands('start', *SLICE, '--', WORKDIR)[-1:],
     *commands('follow', *SLICE),
   ]
-
-  def without_archive(lines):
-    return [[word for word in x if 'tar.gz' not in word] for x in lines]
-
+  [asks_whether_one_runs] = [
+    line for line in together if '--worker=0' in line and line != apart[-1]
+  ]
+  together.remove(asks_whether_one_runs)
   assert without_archive(together) == without_archive(apart)
+
+
+def test_a_dry_run_shows_all_that_a_run_does(hosts):
+  for host in '01':
+    (hosts / host / 'go_on').touch()
+  # What is left is deleted, and then there is none: no way is left out.
+  (hosts / 'state').write_text('FAILED\n')
+  run = (*SLICE, '--type=v4-16', '--', WORKDIR)
+  shown = commands('run', *run)
+  assert launch('run', *run, hosts=hosts).returncode == 0
+  shown = [line for line in without_archive(shown) if line[0] == 'gcloud']
+  done = without_archive(gcloud(hosts))
+  # The state is asked for more than once.
+  assert sorted(map(tuple, shown)) == sorted(set(map(tuple, done)))
+
+
+def test_a_dry_run_says_when(hosts):
+  shown = launch(
+    'run', '--dry-run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts
+  ).stderr.splitlines()
+  conditions = {
+    line: shown[index + 1].split(' pod ')[0].split(' -')[0]
+    for index, line in enumerate(shown)
+    if line.startswith('# if ')
+  }
+  queued = '+ gcloud compute tpus queued-resources'
+  assert conditions == {
+    '# if that fails:': f'{queued} list',
+    '# if it was taken away:': f'{queued} delete',
+    '# if there is none:': f'{queued} create',
+    '# if that fails, as no run is under way, copy and start:': '+ tar',
+  }
+  assert not (hosts / 'log').exists()
+
+
+@pytest.mark.parametrize(
+  ('states', 'granted', 'done', 'status', 'message'),
+  [
+    # On its way out: wait for that, then ask anew.
+    ('DELETING NONE', 'ACTIVE', ['create'], 0, ''),
+    ('SUSPENDING SUSPENDED NONE', 'ACTIVE', ['delete', 'create'], 0, ''),
+    # On its way in: not asked for twice.
+    ('ACCEPTED PROVISIONING ACTIVE', '', [], 0, ''),
+    ('NONE', 'ACCEPTED ACTIVE', ['create'], 0, ''),
+    # To describe it fails for good.
+    ('NONE', 'NONE', ['create'], 2, 'not granted: it is gone'),
+    ('NONE', 'ACCEPTED NONE', ['create'], 2, 'not granted: it is gone'),
+    ('NONE', 'ACCEPTED FAILED', ['create'], 2, 'not granted: FAILED'),
+    ('NONE', 'ACCEPTED SUSPENDED', ['create'], 255, 'taken away again'),
+  ],
+)
+def test_create_waits_for_what_passes_alone(
+  hosts, states, granted, done, status, message
+):
+  (hosts / 'state').write_text(states.replace(' ', '\n') + '\n')
+  (hosts / 'granted').write_text(granted.replace(' ', '\n') + '\n')
+  result = launch('create', *SLICE, '--type=v4-16', hosts=hosts)
+  assert result.returncode == status, result.stderr
+  assert message in result.stderr
+  asked = about_the_slice(hosts)
+  assert [x for x in asked if x in ('create', 'delete')] == done
+
+
+def test_no_answer_is_not_taken_for_no_slice(hosts):
+  (hosts / 'no_answer').touch()
+  result = launch('create', *SLICE, '--type=v4-16', hosts=hosts)
+  assert result.returncode == 255
+  assert 'gcloud does not say' in result.stderr
+  assert about_the_slice(hosts) == ['describe', 'list']
 
 
 @pytest.mark.parametrize(
@@ -218,10 +320,8 @@ def test_a_run_from_nothing_to_its_end(hosts):
       str(folder), '-m', 'reference.main', '--distributed', WORKDIR, config
     ]  # fmt: skip
   # What was printed is what was run.
-  ran = (hosts / 'log').read_text()
-  for line in split(result.stderr):
-    if line[0] == 'gcloud':
-      assert ' '.join(line[1:]) in ran
+  shown = [line for line in split(result.stderr) if line[0] == 'gcloud']
+  assert shown == gcloud(hosts)
 
 
 def test_a_run_that_is_stopped_and_goes_on(hosts):
@@ -246,7 +346,5 @@ def test_a_run_that_is_stopped_and_goes_on(hosts):
     (hosts / host / 'go_on').touch()
   again = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
   assert again.returncode == 0, again.stderr
-  log = (hosts / 'log').read_text()
-  assert log.index('queued-resources delete pod') < log.index(
-    'queued-resources create pod'
-  )
+  asked = about_the_slice(hosts)
+  assert asked.index('delete') < asked.index('create')
