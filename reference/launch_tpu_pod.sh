@@ -24,11 +24,16 @@ Options:
   --project=PROJECT  by default that of the gcloud configuration.
   --spot             a slice that costs less and may be taken away.
   --setup=COMMAND    for run and copy: what every host does first, such as to
-                     mount the storage that holds the data and --workdir.
+                     mount the storage that holds the data and --workdir. It is
+                     repeated on a slice that is still there.
   --dry-run          print the commands, run none.
 
 Flags are those of reference.main. --workdir, on storage that all hosts share,
 is among them; --distributed is added.
+
+The status of run and follow is that of the training, and 255 where the slice or
+the connection to it is lost. After 143, a stop, and after 255 the same command
+goes on; after any other it would fail again.
 USAGE
 }
 
@@ -131,7 +136,7 @@ copy() {
   show_and_do tar -C "$root" -czf "$archive" --exclude=__pycache__ \
     conadv_optax reference pyproject.toml README.md LICENSE
   show_and_do gcloud compute tpus tpu-vm scp "$archive" "$name:conadv_optax.tar.gz" \
-    "${place[@]}" --worker=all
+    "${place[@]}" --worker=all || fail 'the hosts are not reached' "$lost"
   on_hosts all "set -e
 if $is_running; then echo 'A run is under way: stop it first.'; exit 1; fi
 ${setup:-true}
@@ -154,9 +159,10 @@ echo \$! > ../train.pid; wait \$!; echo \$? > ../train.status' main$program \
 }
 
 follow() {
+  # A process without a status was cut off with its host, as a connection is.
   on_hosts 0 'until test -s train.pid; do sleep 1; done
 tail -n +1 -f --pid="$(cat train.pid)" train.log
-sleep 1; exit "$(cat train.status)"'
+sleep 1; exit "$(cat train.status || echo '"$lost"')"'
 }
 
 stop() {

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -33,7 +34,8 @@ case "$3 $4" in
   'queued-resources list') test ! -e "$HOSTS/no_answer" ;;
   'queued-resources create') cp "$HOSTS/granted" "$HOSTS/state" ;;
   'queued-resources delete') rm "$HOSTS/state" ;;
-  'tpu-vm scp') for host in 0 1; do cp "$5" "$HOSTS/$host/${6#*:}"; done ;;
+  'tpu-vm scp') test ! -e "$HOSTS/no_answer" || exit 1
+    for host in 0 1; do cp "$5" "$HOSTS/$host/${6#*:}"; done ;;
   'tpu-vm ssh')
     [[ $worker == all ]] && worker='0 1'
     for host in $worker; do (cd "$HOSTS/$host" && bash -c "$line") || exit; done
@@ -44,7 +46,11 @@ PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$PWD" "$@" > ../arguments
 trap 'echo saved; exit 143' TERM
 echo training
-for _ in {1..200}; do sleep 0.05; test -e ../go_on || continue; exit 0; done
+for _ in {1..200}; do
+  sleep 0.05
+  test -s ../go_on || continue
+  exit "$(cat ../go_on)"
+done
 """
 # Waiting for a slice takes no time here.
 SLEEP = """#!/bin/sh
@@ -73,8 +79,8 @@ def commands(*arguments):
 
 
 def split(shown):
-  # Bash prints control characters as $'..', which shlex does not know.
   lines = [line[2:] for line in shown.splitlines() if line.startswith('+ ')]
+  # Bash prints control characters as $'..', which shlex does not know.
   script = '\n'.join(f"printf '%s\\0' {line}; printf '\\1'" for line in lines)
   return words(
     subprocess.run(
@@ -212,9 +218,86 @@ def test_a_run_is_all_of_them_in_turn():
   assert without_archive(together) == without_archive(apart)
 
 
+def snippet(beginning):
+  """A shell command of the README, with its values."""
+  readme = (ROOT / 'reference' / 'README.md').read_text()
+  [block] = [
+    block.partition('```')[0]
+    for block in readme.split('```sh\n')[1:]
+    if block.startswith(beginning)
+  ]
+  return block
+
+
+# Refuses to mount what is mounted, as mount does. The folder is that of the host.
+SUDO = """#!/bin/sh
+case $1 in
+  mkdir) mkdir -p mnt ;;
+  mount) test ! -e mnt/mounted && touch mnt/mounted ;;
+  chown) test -e mnt/mounted ;;
+esac
+"""
+MOUNTPOINT = '#!/bin/sh\ntest -e mnt/mounted\n'
+
+
+def test_the_run_of_the_readme_starts_again_on_a_slice_that_is_there(hosts):
+  for name, text in (('sudo', SUDO), ('mountpoint', MOUNTPOINT)):
+    (hosts / 'bin' / name).write_text(text)
+    (hosts / 'bin' / name).chmod(0o755)
+  command = snippet('reference/launch_tpu_pod.sh run --name=')
+  launcher, *arguments = shlex.split(command.replace('\\\n', ''))
+  assert ROOT / launcher == SCRIPT
+  assert any(word.startswith('--config.data.folder=/') for word in arguments)
+  # The first process ends by itself, with an error; the slice stays.
+  for end in ('1', '0'):
+    for host in '01':
+      (hosts / host / 'go_on').write_text(end)
+    result = launch(*arguments, hosts=hosts)
+    assert result.returncode == int(end), result.stderr
+    assert 'training' in result.stdout
+  assert about_the_slice(hosts).count('create') == 1
+  assert 'delete' not in about_the_slice(hosts)
+
+
+@pytest.mark.parametrize(
+  'statuses', [(255, 143, 0), (143, 1), (2,), (255, 134), (0,)]
+)
+def test_the_loop_of_the_readme_goes_on_where_that_helps(statuses, tmp_path):
+  (tmp_path / 'reference').mkdir()
+  launcher = tmp_path / 'reference' / 'launch_tpu_pod.sh'
+  launcher.write_text(
+    '#!/bin/sh\necho $1 >> log\n'
+    f'set -- {" ".join(map(str, statuses))}\n'
+    'shift $(($(grep -c run log) - 1))\nexit $1\n'
+  )
+  launcher.chmod(0o755)
+  subprocess.run(
+    ['bash', '-c', 'sleep() { :; }\n' + snippet('until ')],
+    cwd=tmp_path,
+    timeout=10,
+  )
+  ran = (tmp_path / 'log').read_text().split()
+  assert ran == ['run'] * len(statuses) + ['delete']
+
+
+def test_what_is_cut_off_is_lost_and_not_failed(hosts):
+  # The host went down: its process is gone and has left no status.
+  ended = subprocess.Popen(['true'])
+  ended.wait()
+  (hosts / '0' / 'train.pid').write_text(f'{ended.pid}\n')
+  (hosts / '0' / 'train.log').touch()
+  assert launch('follow', *SLICE, hosts=hosts).returncode == 255
+  # The slice is on its way out: it is there, and its hosts are not.
+  (hosts / 'state').write_text('ACTIVE\n')
+  (hosts / 'no_answer').touch()
+  again = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
+  assert again.returncode == 255
+  assert 'the hosts are not reached' in again.stderr
+
+
 def test_a_dry_run_shows_all_that_a_run_does(hosts):
   for host in '01':
-    (hosts / host / 'go_on').touch()
+    (hosts / host / 'go_on').write_text('0')
   # What is left is deleted, and then there is none: no way is left out.
   (hosts / 'state').write_text('FAILED\n')
   run = (*SLICE, '--type=v4-16', '--', WORKDIR)
@@ -306,7 +389,7 @@ def test_what_is_missing_is_named(arguments, message, hosts):
 def test_a_run_from_nothing_to_its_end(hosts):
   config = "--config.name=it's $HOME"
   for host in '01':
-    (hosts / host / 'go_on').touch()
+    (hosts / host / 'go_on').write_text('0')
   result = launch(
     'run', *SLICE, '--type=v4-16', '--', WORKDIR, config, hosts=hosts
   )
@@ -343,7 +426,7 @@ def test_a_run_that_is_stopped_and_goes_on(hosts):
   # The slice is then taken away; the same command brings all back.
   (hosts / 'state').write_text('SUSPENDED\n')
   for host in '01':
-    (hosts / host / 'go_on').touch()
+    (hosts / host / 'go_on').write_text('0')
   again = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
   assert again.returncode == 0, again.stderr
   asked = about_the_slice(hosts)
