@@ -26,6 +26,9 @@ Options:
   --setup=COMMAND    for run and copy: what every host does first, such as to
                      mount the storage that holds the data and --workdir. It is
                      repeated on a slice that is still there.
+  --packages-before=DATE
+                     for run and copy: install what was the newest when that day
+                     began, so that the next slice gets the same versions.
   --dry-run          print the commands, run none.
 
 Flags are those of reference.main. --workdir, on storage that all hosts share,
@@ -144,7 +147,8 @@ rm -rf conadv_optax && mkdir conadv_optax
 tar -C conadv_optax -xzf conadv_optax.tar.gz
 python3 -m pip install --user --quiet uv
 test -d .venv || python3 -m uv venv --quiet --python=3.11 .venv
-python3 -m uv pip install --quiet --python=.venv/bin/python -e 'conadv_optax[reference,tpu]'"
+python3 -m uv pip install --quiet --python=.venv/bin/python \\
+  ${before:+--exclude-newer=${before}T00:00:00Z} -e 'conadv_optax[reference,tpu]'"
 }
 
 start() {
@@ -170,7 +174,7 @@ stop() {
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-dry_run='' name='' zone='' project='' type='' runtime='' spot='' setup=''
+dry_run='' name='' zone='' project='' type='' runtime='' spot='' setup='' before=''
 command=${1:-}
 case $command in
   run | create | copy | start | follow | stop | delete) shift ;;
@@ -185,6 +189,8 @@ while (($#)); do
     --type=?*) type=${1#*=} ;;
     --runtime=?*) runtime=${1#*=} ;;
     --setup=?*) setup=${1#*=} ;;
+    --packages-before=[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]) before=${1#*=} ;;
+    --packages-before*) fail "no day: $1. As in --packages-before=2026-01-31" ;;
     --spot) spot=--spot ;;
     --dry-run) dry_run=yes ;;
     --) shift && break ;;

@@ -52,6 +52,9 @@ for _ in {1..200}; do
   exit "$(cat ../go_on)"
 done
 """
+UV = """#!/bin/sh
+printf '%s\\n' "$*" >> uv
+"""
 # Waiting for a slice takes no time here.
 SLEEP = """#!/bin/sh
 test "$1" -ge 30 2>/dev/null || exec /bin/sleep "$1"
@@ -121,7 +124,7 @@ def hosts(tmp_path):
   program(tmp_path / 'bin' / 'gcloud', GCLOUD)
   program(tmp_path / 'bin' / 'sleep', SLEEP)
   (tmp_path / 'granted').write_text('ACTIVE\n')
-  program(tmp_path / 'bin' / 'python3', '#!/bin/sh\n')
+  program(tmp_path / 'bin' / 'python3', UV)
   for host in '01':
     program(tmp_path / host / '.venv' / 'bin' / 'python', PYTHON)
   yield tmp_path
@@ -229,7 +232,7 @@ def snippet(beginning):
   return block
 
 
-# Refuses to mount what is mounted, as mount does. The folder is that of the host.
+# Refuses to mount what is mounted, as mount does. A host has its own folder.
 SUDO = """#!/bin/sh
 case $1 in
   mkdir) mkdir -p mnt ;;
@@ -246,6 +249,7 @@ def test_the_run_of_the_readme_starts_again_on_a_slice_that_is_there(hosts):
     (hosts / 'bin' / name).chmod(0o755)
   command = snippet('reference/launch_tpu_pod.sh run --name=')
   launcher, *arguments = shlex.split(command.replace('\\\n', ''))
+  arguments = [word.replace('DATE', '2026-01-31') for word in arguments]
   assert ROOT / launcher == SCRIPT
   assert any(word.startswith('--config.data.folder=/') for word in arguments)
   # The first process ends by itself, with an error; the slice stays.
@@ -278,6 +282,20 @@ def test_the_loop_of_the_readme_goes_on_where_that_helps(statuses, tmp_path):
   )
   ran = (tmp_path / 'log').read_text().split()
   assert ran == ['run'] * len(statuses) + ['delete']
+
+
+def test_every_slice_gets_the_packages_of_the_same_day(hosts):
+  day = '--packages-before=2026-01-31'
+  assert launch('copy', *SLICE, day, hosts=hosts).returncode == 0
+  assert launch('copy', *SLICE, hosts=hosts).returncode == 0
+  install = '-m uv pip install --quiet --python=.venv/bin/python'
+  package = '-e conadv_optax[reference,tpu]'
+  for host in '01':
+    asked = (hosts / host / 'uv').read_text().splitlines()
+    assert [line for line in asked if 'conadv_optax' in line] == [
+      f'{install} --exclude-newer=2026-01-31T00:00:00Z {package}',
+      f'{install} {package}',
+    ]
 
 
 def test_what_is_cut_off_is_lost_and_not_failed(hosts):
@@ -375,6 +393,7 @@ def test_no_answer_is_not_taken_for_no_slice(hosts):
     (['start', *SLICE], 'start needs where to keep the checkpoints'),
     (['run', *SLICE, '--type=v4-8', '--', '--x'], '-- --workdir='),
     (['run', *SLICE, '--name='], 'no option --name='),
+    (['copy', *SLICE, '--packages-before=31.1.'], '--packages-before=2026-'),
     (['run', *SLICE, '--', WORKDIR, '--dry-run'], '--dry-run comes before --'),
     (['run', *SLICE, WORKDIR], 'Flags of reference.main come after --'),
   ],
