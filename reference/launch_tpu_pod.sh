@@ -36,7 +36,7 @@ is among them; --distributed is added.
 
 The status of run and follow is that of the training, and 255 where the slice or
 the connection to it is lost. After 143, a stop, and after 255 the same command
-goes on; after any other it would fail again.
+goes on; after any other the log says what to mend first.
 USAGE
 }
 
