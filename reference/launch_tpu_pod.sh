@@ -110,6 +110,14 @@ settled() {
   echo "$found"
 }
 
+# Ends with the status of a failure, unless that came of losing the slice, which
+# gcloud knows after a while.
+end() {
+  sleep 60
+  [[ $(state) == ACTIVE ]] || fail 'the slice was taken away' "$lost"
+  exit "$1"
+}
+
 create() {
   [[ -n $type ]] || fail "$command needs the size of the slice: --type=v3-1024"
   runtime=${runtime:-$(runtime_of "$type")}
@@ -139,7 +147,7 @@ copy() {
   show_and_do tar -C "$root" -czf "$archive" --exclude=__pycache__ \
     conadv_optax reference pyproject.toml README.md LICENSE
   show_and_do gcloud compute tpus tpu-vm scp "$archive" "$name:conadv_optax.tar.gz" \
-    "${place[@]}" --worker=all || fail 'the hosts are not reached' "$lost"
+    "${place[@]}" --worker=all || end 2
   on_hosts all "set -e
 if $is_running; then echo 'A run is under way: stop it first.'; exit 1; fi
 ${setup:-true}
@@ -221,7 +229,7 @@ case $command in
       copy
       start
     fi
-    follow
+    follow || end "$?"
     ;;
   delete) queued delete --force --quiet ;;
   *) "$command" ;;

@@ -305,12 +305,28 @@ def test_what_is_cut_off_is_lost_and_not_failed(hosts):
   (hosts / '0' / 'train.pid').write_text(f'{ended.pid}\n')
   (hosts / '0' / 'train.log').touch()
   assert launch('follow', *SLICE, hosts=hosts).returncode == 255
-  # The slice is on its way out: it is there, and its hosts are not.
-  (hosts / 'state').write_text('ACTIVE\n')
+
+
+@pytest.mark.parametrize(
+  ('states', 'status'), [('ACTIVE\nSUSPENDED\n', 255), ('ACTIVE\n', 2)]
+)
+def test_hosts_that_are_not_reached_are_lost_with_their_slice_alone(
+  states, status, hosts
+):
+  (hosts / 'state').write_text(states)
   (hosts / 'no_answer').touch()
-  again = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
-  assert again.returncode == 255
-  assert 'the hosts are not reached' in again.stderr
+  result = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
+  assert result.returncode == status
+  assert ('the slice was taken away' in result.stderr) == (status == 255)
+
+
+def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
+  for host in '01':
+    (hosts / host / 'go_on').write_text('1')
+  (hosts / 'granted').write_text('ACTIVE\nSUSPENDED\n')
+  result = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
+  assert result.returncode == 255
+  assert 'the slice was taken away' in result.stderr
 
 
 def test_a_dry_run_shows_all_that_a_run_does(hosts):
