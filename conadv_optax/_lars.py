@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax._masks import exclude_norm_and_bias
+from conadv_optax._masks import TAKEN_FOR_A_SCHEDULE, exclude_norm_and_bias
 from conadv_optax._numeric import at_least_float32, check_not_negative
 
 
@@ -85,8 +85,8 @@ def lars(
     dtype of the gradients. State and updates keep every shape and dtype.
 
   Raises:
-    ValueError: for an unknown form, a negative decay, a mask that is not made
-      of bools, or an `update` without `params`.
+    ValueError: for an unknown form, a negative decay, a mask that is False
+      itself or not made of bools, or an `update` without `params`.
 
   Examples:
     >>> import chex, jax.numpy as jnp, optax
@@ -115,6 +115,13 @@ def lars(
       f'momentum_over={momentum_over!r}.'
     )
   check_not_negative('weight_decay', weight_decay)
+  if isinstance(mask, bool | np.bool_) and not mask:
+    raise ValueError(
+      '`mask` is True where LARS applies: a function of the parameters, a tree '
+      'of bools, or True for all. Given mask=False, which leaves plain '
+      f'momentum everywhere. {TAKEN_FOR_A_SCHEDULE} If it is meant, write '
+      '`mask=jax.tree.map(lambda _: False, params)`.'
+    )
 
   def ratio(w: jax.Array, g: jax.Array, d: jax.Array) -> jax.Array:
     w_norm = _norm(w)
@@ -210,9 +217,7 @@ def _resolve(mask: Any, params: optax.Params) -> Any:
   if wrong:
     raise ValueError(
       '`mask` must be made of bools, True where LARS applies. Given a '
-      f'leaf of type {type(wrong[0]).__name__}. Under '
-      '`optax.inject_hyperparams` a function is taken for a schedule: write '
-      "`optax.inject_hyperparams(conadv.lars, static_args='mask')(...)`."
+      f'leaf of type {type(wrong[0]).__name__}. {TAKEN_FOR_A_SCHEDULE}'
     )
   return jax.tree.map(
     lambda chosen, part: jax.tree.map(lambda _: chosen, part), tree, params

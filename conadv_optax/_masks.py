@@ -3,9 +3,17 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from conadv_optax import dual_bn
 from conadv_optax._norm_layers import is_norm_parameter
+from conadv_optax._numeric import describe
+
+TAKEN_FOR_A_SCHEDULE = (
+  'Likely under `optax.inject_hyperparams`, which takes a function for a '
+  'schedule and calls it with the step: write '
+  "`optax.inject_hyperparams(conadv.lars, static_args='mask')(...)`."
+)
 
 
 def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
@@ -26,6 +34,9 @@ def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
     A tree of the structure of `params` with Python bools for leaves, the mask
     of `conadv.lars` and of `optax.masked`.
 
+  Raises:
+    ValueError: for a step count in place of parameters.
+
   Examples:
     >>> import chex, jax.numpy as jnp
     >>> import conadv_optax as conadv
@@ -38,6 +49,13 @@ def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
     You et al., `Large Batch Training of Convolutional Networks
     <https://arxiv.org/abs/1708.03888>`_, 2017
   """
+  if getattr(params, 'shape', None) == () and jnp.issubdtype(
+    params.dtype, jnp.integer
+  ):
+    raise ValueError(
+      'A mask is a function of the parameters. Given a single integer, '
+      f'{describe(params)}. {TAKEN_FOR_A_SCHEDULE}'
+    )
   state = dual_bn.main(model_state)
   norm = is_norm_parameter(dual_bn.main(params), state)
   mask = jax.tree.map(

@@ -1,5 +1,7 @@
 """Wrong input is told at trace time: the rule, what was given, the fix."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -391,13 +393,33 @@ def test_negative_weight_decay():
     conadv.lars(0.1, weight_decay=-0.1)
 
 
-def test_a_mask_that_became_a_schedule():
+@pytest.mark.parametrize(
+  ('mask', 'rule'),
+  [
+    (conadv.exclude_norm_and_bias, 'function of the parameters'),
+    (
+      functools.partial(conadv.exclude_norm_and_bias, model_state={}),
+      'Given a single integer',
+    ),
+    (lambda params: jax.tree.map(lambda x: x.ndim > 1, params), 'mask=False'),
+    (lambda params: jax.tree.map(jnp.zeros_like, params), 'made of bools'),
+  ],
+)
+def test_a_mask_that_became_a_schedule(mask, rule):
   params, _ = init_model()
   tx = optax.inject_hyperparams(conadv.lars)(
-    learning_rate=0.1,
-    weight_decay=0.0,
-    mask=lambda params: jnp.zeros([]),
+    learning_rate=0.1, weight_decay=0.0, mask=mask
   )
   with pytest.raises(ValueError) as error:
     tx.update(params, tx.init(params), params)
-  assert_says(error, 'made of bools', "static_args='mask'")
+  assert_says(error, rule, "static_args='mask'")
+
+
+def test_a_mask_of_another_optimizer_that_became_a_schedule():
+  params, _ = init_model()
+  tx = optax.inject_hyperparams(optax.adamw)(
+    0.1, mask=conadv.exclude_norm_and_bias
+  )
+  with pytest.raises(ValueError) as error:
+    tx.init(params)
+  assert_says(error, 'int32[]', "static_args='mask'")

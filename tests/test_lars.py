@@ -1,5 +1,6 @@
 """`lars` in each form against NumPy, and against `optax.lars`."""
 
+import functools
 import itertools
 
 import chex
@@ -175,8 +176,23 @@ def test_mask_may_be_a_function_a_tree_or_a_prefix():
     updates(tree), updates({'dense': True, 'zero': False})
   )
   np.testing.assert_array_equal(
-    updates(False)['dense']['kernel'], -grads['dense']['kernel']
+    updates({'dense': False, 'zero': True})['dense']['kernel'],
+    -grads['dense']['kernel'],
   )
+
+
+def test_an_injected_mask_function_is_the_mask():
+  params, grads = make_params(), make_grads(0)
+  arguments = {'learning_rate': 8.0, 'weight_decay': DECAY}
+  mask = functools.partial(conadv.exclude_norm_and_bias, model_state={})
+  plain = conadv.lars(**arguments)
+  expected, _ = plain.update(grads, plain.init(params), params)
+  for static in ('mask', ('mask',)):
+    tx = optax.inject_hyperparams(conadv.lars, static_args=static)(
+      **arguments, mask=mask
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
 def test_default_mask_leaves_branches_of_norm_layers_plain():
