@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from conadv_optax import dual_bn
 from conadv_optax._norm_layers import is_norm_parameter
@@ -24,7 +25,9 @@ def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
   an entry in `model_state`. Every other leaf goes by its rank: 0 and 1 are
   excluded, as biases and norm parameters are in Flax. Haiku's BatchNorm keeps
   parameters of rank 4; unless they are split, say where the state is:
-  `mask=functools.partial(exclude_norm_and_bias, model_state=state)`.
+  `mask=functools.partial(exclude_norm_and_bias, model_state=state)`. Say it
+  too where `optax.masked` or `optax.multi_transform` takes a branch out as a
+  whole, because then it shows nothing.
 
   Args:
     params: parameters, `Branched` or not, arrays of any shape.
@@ -66,10 +69,17 @@ def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
   if not isinstance(params, dual_bn.Branched):
     return mask
   for branch in params.branches.values():
-    mask = jax.tree.map(
-      lambda own, weight: weight and own is None,
-      branch,
-      mask,
-      is_leaf=lambda x: x is None,
-    )
+    # One that is masked out as a whole shows nothing.
+    if jax.tree.leaves(branch, is_leaf=lambda x: x is None):
+      mask = jax.tree.map(_without_own, branch, mask, is_leaf=_is_gap)
   return dual_bn.Branched(mask, jax.tree.map(lambda _: False, params.branches))
+
+
+def _is_gap(x: Any) -> bool:
+  return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _without_own(own: Any, weight: Any) -> Any:
+  """False where the branch has a leaf of its own, masked out or not."""
+  # Where a whole part of the tree is masked out, `weight` is that part.
+  return weight if own is None or not isinstance(weight, bool) else False
