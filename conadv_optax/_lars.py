@@ -187,8 +187,12 @@ def lars(
     both = jax.tree.map(
       leaf, _resolve(mask, params), updates, state.momentum, params
     )
-    new_updates, new_momentum = jax.tree.transpose(
-      jax.tree.structure(updates), jax.tree.structure((0, 0)), both
+    # `jax.tree.transpose` knows no tree without leaves, as an empty group of
+    # `optax.multi_transform` is.
+    treedef = jax.tree.structure(updates)
+    pairs = treedef.flatten_up_to(both)
+    new_updates, new_momentum = (
+      treedef.unflatten([pair[i] for pair in pairs]) for i in range(2)
     )
     count = optax.safe_increment(state.count)
     return new_updates, LarsState(count, new_momentum)

@@ -140,6 +140,19 @@ def test_joint_with_nothing_excluded_is_optax(nesterov):
   chex.assert_trees_all_close(params[0], params[1], rtol=1e-5, atol=1e-7)
 
 
+def test_an_empty_group_stays_empty():
+  tx = conadv.lars(0.1, weight_decay=DECAY)
+  updates, state = tx.update({}, tx.init({}), {})
+  assert (updates, state.momentum) == ({}, {})
+  groups = optax.multi_transform(
+    {'used': tx, 'unused': tx}, jax.tree.map(lambda _: 'used', make_params())
+  )
+  params, grads = make_params(), make_grads(0)
+  updates, _ = groups.update(grads, groups.init(params), params)
+  expected, _ = tx.update(grads, tx.init(params), params)
+  chex.assert_trees_all_equal(updates, expected)
+
+
 def test_norms_are_float32_whatever_the_dtype():
   # 300 squared is more than float16 holds, and the ratio would be NaN.
   params = {'kernel': jnp.full((10, 10), 300.0, jnp.float16)}
