@@ -201,7 +201,10 @@ def lars(
 
 
 def _norm(x: jax.Array) -> jax.Array:
-  return jnp.sqrt(jnp.sum(jnp.square(x)))
+  square = jnp.sum(jnp.square(x))
+  # The root's derivative at 0 is infinite, and makes a NaN even if not used.
+  is_zero = square == 0
+  return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
 def _scalar(value: Any, like: jax.Array) -> jax.Array:

@@ -153,6 +153,25 @@ def test_an_empty_group_stays_empty():
   chex.assert_trees_all_equal(updates, expected)
 
 
+@pytest.mark.parametrize('zero', ['weights', 'gradient', 'both'])
+@pytest.mark.parametrize('ratio_form', ['separate', 'joint'])
+def test_a_zero_norm_has_the_gradient_of_plain_momentum(zero, ratio_form):
+  tx = conadv.lars(
+    0.5, weight_decay=0.0, mask=True, trust_ratio=ratio_form, eps=1e-3
+  )
+  w = jnp.full((2, 2), float(zero == 'gradient'))
+  g = jnp.full((2, 2), float(zero == 'weights'))
+
+  def first_element(g, w):
+    return tx.update(g, tx.init(w), w)[0][0, 0]
+
+  # The ratio is 1 there: the update is -0.5 * g.
+  expected = jnp.zeros((2, 2)).at[0, 0].set(-0.5), jnp.zeros((2, 2))
+  chex.assert_trees_all_equal(
+    jax.grad(first_element, argnums=(0, 1))(g, w), expected
+  )
+
+
 def test_norms_are_float32_whatever_the_dtype():
   # 300 squared is more than float16 holds, and the ratio would be NaN.
   params = {'kernel': jnp.full((10, 10), 300.0, jnp.float16)}
