@@ -23,10 +23,10 @@ class Sharpness(NamedTuple):
   """The loss at the parameters, and the largest found around them.
 
   Attributes:
-    loss: float32 scalar, the loss at the parameters.
-    largest: float32 scalar, the largest loss found in the ball, at least
+    loss: scalar, at least float32, the loss at the parameters.
+    largest: scalar like it, the largest loss found in the ball, at least
       `loss`.
-    value: float32 scalar, `(largest - loss) / (1 + |loss|)`.
+    value: scalar like it, `(largest - loss) / (1 + |loss|)`.
   """
 
   loss: jax.Array
@@ -54,9 +54,9 @@ def sharpness(
   The ascent starts on the sphere, along the gradient and a tenth of a random
   direction (which is all there is at a minimum), and goes along the normalised
   gradient, by :math:`\rho` in the first step and linearly less in each that
-  follows. What it finds is a lower bound of the maximum, closer with more steps:
-  where the gradient is nearly across the steepest curvature, the default number
-  can stop a tenth below.
+  follows. What it finds is a lower bound of the maximum, closer with more
+  steps: where the gradient is nearly across the steepest curvature, the default
+  number can stop a tenth below.
 
   The paper takes a box around each weight where this takes one ball for all of
   them. Functions with rectifiers can be rescaled without a change of their
@@ -123,7 +123,7 @@ def sharpness(
   noise = unit(optax.tree.random_like(key, center))
   direction = unit(optax.tree.add_scale(unit(gradient), 0.1, noise))
   shift = optax.tree.scale(radius, direction)
-  sizes = radius * (1 - jnp.arange(steps) / steps)
+  sizes = radius * (1 - jnp.arange(steps, dtype=jnp.float32) / steps)
   shift, values = jax.lax.scan(step, shift, sizes)
   last, _ = loss_and_gradient(shift)
   largest = jnp.maximum(jnp.maximum(loss, last), jnp.max(values))

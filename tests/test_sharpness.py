@@ -157,6 +157,26 @@ def test_a_batch_on_eight_devices_gives_the_same():
   )
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+def test_it_works_with_64_bits_enabled(dtype):
+  @jax.jit
+  def find(w, batch):
+    return conadv.sharpness(
+      lambda w, batch: jnp.mean(batch) * jnp.sum(w),
+      w,
+      batch,
+      0.5,
+      key=KEY,
+      steps=2,
+    )
+
+  with jax.enable_x64(True):
+    found = find(jnp.zeros(4, dtype), jnp.ones(2, dtype))
+  assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+  # Along the gradient, which is of length 2.
+  np.testing.assert_allclose(found, (0, 1, 1), rtol=1e-2)
+
+
 def test_errors_say_what_is_wrong():
   batch, _, _ = make_problem([1, 2, 3, 4, 9], 1.0)
   params = as_tree(jnp.ones(SIZE))
