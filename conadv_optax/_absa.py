@@ -158,14 +158,14 @@ def absa(
     return jnp.where(on, jnp.int32(micro_batches), jnp.int32(0))
 
   def init_fn() -> AbsaState:
-    size, zero = jnp.int32(micro_batches), jnp.int32(0)
+    size = jnp.int32(micro_batches)
     return AbsaState(
       micro_batches=size,
-      attacked=attacked(size, zero),
+      attacked=attacked(size, jnp.int32(0)),
       learning_rate_scale=jnp.float32(1),
       reference=jnp.float32(0),
-      waited=zero,
-      evaluations=zero,
+      waited=jnp.int32(0),
+      evaluations=jnp.int32(0),
     )
 
   def update_fn(state: AbsaState, eigenvalue: ArrayLike) -> AbsaState:

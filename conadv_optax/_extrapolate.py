@@ -187,7 +187,8 @@ def extrapolate(
     )
     output, grads, inner = call(ahead)
     _, own = tx.update(tree_at_least_float32(grads), own, here)
-    past = PerGroup(grads) if direction == 'past' else ()
+    # Copies, because a donated buffer must not be passed twice.
+    past = PerGroup(jax.tree.map(jnp.copy, grads)) if direction == 'past' else ()
     return output, grads, ExtrapolateState(inner, past, PerGroup(own))
 
   return GradientFunction(init, value_and_grad, grad_fn.staleness)

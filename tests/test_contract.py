@@ -163,6 +163,18 @@ def test_controller_in_a_scan_is_a_loop(case):
   chex.assert_trees_all_equal(scanned, state)
 
 
+@pytest.mark.parametrize('case', cases('controller'))
+def test_controller_gives_its_buffers_back(case):
+  controller, value = case.make(), jnp.float32(8.0)
+  update = jax.jit(controller.update, donate_argnums=0)
+  state = update(controller.init(), value)
+  chex.assert_trees_all_equal(
+    state, controller.update(controller.init(), value)
+  )
+  # And those of an update that was not compiled.
+  update(controller.update(state, value), value)
+
+
 @pytest.mark.parametrize('case', cases('operator'))
 def test_operator_is_linear_and_symmetric(case):
   def vector(seed):

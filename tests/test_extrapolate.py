@@ -346,3 +346,16 @@ def test_noise_without_a_key():
 def test_flags_of_a_loss_function_beside_a_gradient_function():
   with pytest.raises(ValueError, match='has_key=True'):
     conadv.extrapolate(conadv.plain(plain_loss), 0.1, has_key=True)
+
+
+@pytest.mark.parametrize('direction', ['past', 'current'])
+def test_gradient_and_state_can_both_be_given_back(direction):
+  grad_fn = conadv.extrapolate(quadratic, AHEAD, direction=direction)
+  w = jnp.asarray(START, jnp.float32)
+  center = jnp.asarray(centers()[0], jnp.float32)
+  # Not compiled: a compiled program has a buffer for each of its outputs.
+  _, grads, state = grad_fn.value_and_grad(w, grad_fn.init(w, []), center)
+  buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((grads, state))]
+  assert len(set(buffers)) == len(buffers)
+  if direction == 'past':
+    chex.assert_trees_all_equal(state.past.value, grads)
