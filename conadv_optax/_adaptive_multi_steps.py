@@ -130,7 +130,12 @@ def adaptive_multi_steps(
       return scaled, inner_state, zeros, jnp.zeros_like(state.index)
 
     def wait() -> tuple[optax.Updates, Any, Any, jax.Array]:
-      zeros = jax.tree.map(jnp.zeros_like, updates)
+      # In the optimizer's dtypes: bfloat16 may go in and float32 come out.
+      zeros = jax.tree.map(
+        lambda g, u: jnp.zeros_like(g, u.dtype),
+        updates,
+        jax.eval_shape(step)[0],
+      )
       return zeros, state.inner, total, state.index + 1
 
     new_updates, inner_state, gradients, index = jax.lax.cond(

@@ -121,6 +121,25 @@ def test_bfloat16_gradients_are_summed_in_float32():
   assert state.gradients.dtype == jnp.float32
 
 
+# The optimizers add bfloat16 to float32.
+@jax.numpy_dtype_promotion('standard')
+@pytest.mark.parametrize(
+  'tx', [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adamw(0.1)]
+)
+def test_bfloat16_gradients_may_give_float32_updates(tx):
+  ours = conadv.adaptive_multi_steps(tx)
+  theirs = optax.MultiSteps(tx, every_k_schedule=2)
+  params = jnp.array([1.0, -2.0])
+  state, expected = ours.init(params), theirs.init(params)
+  # Their mean is exact in bfloat16.
+  for gradient in ([0.5, 1.0], [1.5, -2.0]):
+    grads = jnp.asarray(gradient, jnp.bfloat16)
+    updates, state = ours.update(grads, state, params, micro_batches=2)
+    wanted, expected = theirs.update(grads, expected, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, wanted)
+    chex.assert_trees_all_close(updates, wanted, rtol=1e-6)
+
+
 def test_other_arguments_go_to_the_optimizer():
   def update_fn(updates, state, params=None, *, factor, **extra_args):
     del params, extra_args
