@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax._numeric import at_least_float32, concrete
+from conadv_optax._numeric import at_least_float32, concrete, describe
 
 
 class AdaptiveMultiStepsState(NamedTuple):
@@ -49,14 +49,14 @@ def adaptive_multi_steps(
 
   Returns:
     A gradient transformation whose `update` also takes `micro_batches`,
-    :math:`m`, an int32 scalar of at least 1, and `learning_rate_scale`,
+    :math:`m`, an integer scalar of at least 1, and `learning_rate_scale`,
     :math:`c`, a float scalar; both are 1 if left out, which is the optimizer
     itself. The scale stands outside any momentum of the optimizer. Other
     arguments go to the optimizer at the steps.
 
   Raises:
-    ValueError: in `update`, for a concrete `micro_batches` below 1. (Traced, it
-      is taken for 1.)
+    ValueError: in `update`, for `micro_batches` that is no integer scalar, or
+      is below 1. (Where it is traced, less than 1 is taken for 1.)
 
   Examples:
     >>> import chex, jax.numpy as jnp, optax
@@ -150,9 +150,16 @@ def adaptive_multi_steps(
 
 def _check_micro_batches(micro_batches: ArrayLike) -> None:
   number = concrete(micro_batches)
-  if number is not None and (number.ndim or number < 1):
+  array: Any = micro_batches if number is None else number
+  if (
+    array.ndim
+    or not jnp.issubdtype(array.dtype, jnp.integer)
+    or (number is not None and number < 1)
+  ):
+    given = '' if number is None else f'micro_batches={number.tolist()} of '
     raise ValueError(
-      '`micro_batches` is how many gradients make a step, a scalar of at least '
-      f"1. Given micro_batches={number.tolist()}. Pass the controller's: "
-      '`micro_batches=state.micro_batches`.'
+      '`micro_batches` is how many gradients make a step, an integer scalar of '
+      f"at least 1. Given {given}{describe(array)}. Pass the controller's: "
+      '`micro_batches=state.micro_batches`. Where it comes from a division, '
+      'write `micro_batches=batch // micro_batch`.'
     )

@@ -176,12 +176,27 @@ def test_state_is_donated_and_nothing_is_compiled_twice():
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize('count', [0, -1, [1, 2]])
-def test_a_number_that_is_none_is_an_error(count):
-  with pytest.raises(ValueError, match='a scalar of at least 1'):
-    TX.update(
-      make_grads(0), TX.init(PARAMS), PARAMS, micro_batches=jnp.int32(count)
-    )
+@pytest.mark.parametrize(
+  ('count', 'given'),
+  [
+    (0, '0'),
+    (jnp.int32(-1), '-1'),
+    (jnp.array([1, 2]), '[1, 2]'),
+    (2.7, '2.7'),
+    (jnp.float32(2), '2.0'),
+    (True, 'True'),
+  ],
+)
+def test_a_number_that_is_none_is_an_error(count, given):
+  with pytest.raises(ValueError) as error:
+    TX.update(make_grads(0), TX.init(PARAMS), PARAMS, micro_batches=count)
+  assert 'an integer scalar of at least 1' in str(error.value)
+  assert f'micro_batches={given} ' in str(error.value)
+
+
+def test_a_fraction_that_cannot_be_seen_is_an_error():
+  with pytest.raises(ValueError, match=r'Given float32\[\]'):
+    update(make_grads(0), TX.init(PARAMS), PARAMS, micro_batches=2.7)
 
 
 def test_a_number_below_one_that_cannot_be_seen_is_taken_for_one():
