@@ -82,7 +82,9 @@ def noise_scale(
   Returns:
     A `NoiseScale`. The noise scale is `inf` where the average of :math:`|G|^2`
     is not positive, that is, where the gradient is lost in the noise: average
-    longer. It is `nan` where both averages are 0.
+    longer. It is `nan` where both averages are 0, as before the first step. A
+    step whose gradients, or their squares, are not finite is left out: the
+    averages stay what they were.
 
   Raises:
     ValueError: for fewer than two groups, a batch that they do not divide
@@ -154,10 +156,15 @@ def noise_scale(
     kept = jnp.asarray(decay, jnp.float32)
     weight = kept * state.weight + (1 - kept)
     step = (1 - kept) / weight
-    state = NoiseScaleState(
-      weight,
-      state.noise + step * (noise - state.noise),
-      state.signal + step * (signal - state.signal),
+    is_finite = jnp.isfinite(noise) & jnp.isfinite(signal)
+    state = jax.tree.map(
+      lambda new, old: jnp.where(is_finite, new, old),
+      NoiseScaleState(
+        weight,
+        state.noise + step * (noise - state.noise),
+        state.signal + step * (signal - state.signal),
+      ),
+      state,
     )
     scale = jnp.where(
       state.signal > 0,

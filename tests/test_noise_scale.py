@@ -168,6 +168,23 @@ def test_the_limits_are_what_the_docs_say(groups, expected):
   np.testing.assert_equal(float(scale), expected)
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize('decay', [0.0, 0.9])
+def test_a_step_that_is_not_finite_is_left_out(value, decay):
+  tracker = conadv.noise_scale(2, 2, decay=decay)
+  good = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [2.0]])]
+  # The square of 1e30 is more than float32 holds.
+  bad = jnp.array([[1.0], [value]])
+  expected = run(tracker, good)
+  chex.assert_trees_all_equal(
+    run(tracker, [bad, good[0], bad, good[1], bad]), expected
+  )
+  chex.assert_tree_all_finite(expected)
+  scale, state = run(tracker, [bad])
+  assert np.isnan(scale)
+  chex.assert_trees_all_equal(state, tracker.init())
+
+
 def test_equal_groups_have_no_negative_noise():
   # A third is rounded, and the square of the mean is above the mean square.
   for value in np.linspace(0.1, 1, 50):
