@@ -1,12 +1,13 @@
 """How much of an attack is left when its parameters are some steps old."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from conadv_optax import _checks
-from conadv_optax._types import Batch, GradientFunction, Queue
+from conadv_optax._types import Batch, GradientFunction, Passes, Queue
 
 
 class StalenessReport(NamedTuple):
@@ -94,28 +95,41 @@ def staleness_report(
   """
   passes = _checks.check_passes(grad_fn, 'staleness_report')
 
-  def report(
-    old_params: Any, params: Any, batch: Batch, model_state: Any, key: Any
-  ) -> StalenessReport:
-    clean = passes.clean(batch)
-    stale = passes.craft(old_params, model_state, batch, key)
-    fresh = passes.craft(params, model_state, batch, key)
+  return _report(
+    passes,
+    old_params,
+    params,
+    jax.tree.map(jnp.asarray, batch),
+    model_state,
+    key,
+  )
 
-    def loss(inputs: jax.Array) -> jax.Array:
-      (_, aux), _ = passes.train(params, model_state, Queue(batch, inputs), key)
-      return aux.losses['adversarial'].astype(jnp.float32)
 
-    def moved(inputs: jax.Array) -> jax.Array:
-      return jnp.sign(inputs - clean)
+# Compiled, so that of the training passes the losses alone are computed; here,
+# so that the next report of the same passes is not compiled again.
+@functools.partial(jax.jit, static_argnums=0)
+def _report(
+  passes: Passes,
+  old_params: Any,
+  params: Any,
+  batch: Batch,
+  model_state: Any,
+  key: Any,
+) -> StalenessReport:
+  clean = passes.clean(batch)
+  stale = passes.craft(old_params, model_state, batch, key)
+  fresh = passes.craft(params, model_state, batch, key)
 
-    clean_loss = loss(clean)
-    return StalenessReport(
-      jnp.mean(moved(stale) == moved(fresh), dtype=jnp.float32),
-      loss(stale) - clean_loss,
-      loss(fresh) - clean_loss,
-    )
+  def loss(inputs: jax.Array) -> jax.Array:
+    (_, aux), _ = passes.train(params, model_state, Queue(batch, inputs), key)
+    return aux.losses['adversarial'].astype(jnp.float32)
 
-  # Compiled, so that of the training passes the losses alone are computed.
-  return jax.jit(report)(
-    old_params, params, jax.tree.map(jnp.asarray, batch), model_state, key
+  def moved(inputs: jax.Array) -> jax.Array:
+    return jnp.sign(inputs - clean)
+
+  clean_loss = loss(clean)
+  return StalenessReport(
+    jnp.mean(moved(stale) == moved(fresh), dtype=jnp.float32),
+    loss(stale) - clean_loss,
+    loss(fresh) - clean_loss,
   )

@@ -123,6 +123,27 @@ def test_the_same_parameters_are_not_stale():
   assert report.stale_gain == report.fresh_gain > 0
 
 
+def test_a_second_report_is_not_compiled_again():
+  traces = []
+
+  def loss(w, batch):
+    traces.append(0)
+    return jnp.mean(batch['x'] @ w)
+
+  grad_fn = conadv.wrap(loss, attack=conadv.fgsm(EPSILON), inputs='x')
+  w, batch = jnp.ones(FEATURES), {'x': jnp.zeros((SIZE, FEATURES))}
+  first = conadv.staleness_report(grad_fn, w, w, batch)
+  assert traces
+  traces.clear()
+  second = conadv.staleness_report(grad_fn, -w, w, batch)
+  assert not traces
+  assert (first.sign_agreement, second.sign_agreement) == (1, 0)
+  # Another gradient function is another program.
+  third = conadv.wrap(loss, attack=conadv.fgsm(2 * EPSILON), inputs='x')
+  doubled = conadv.staleness_report(third, w, w, batch)
+  chex.assert_trees_all_close(doubled.fresh_gain, 2 * first.fresh_gain)
+
+
 def test_half_precision_inputs_give_float32():
   grad_fn = conadv.wrap(
     lambda w, batch: jnp.mean(batch['x'] @ w),
