@@ -39,13 +39,15 @@ def perturb(
     params: parameters, any pytree.
     batch: a pytree of arrays with a leading batch axis.
     attack: how the inputs are perturbed.
-    inputs: the floating leaf of the batch to perturb, as in `wrap`.
+    inputs: the leaf of the batch to perturb, as in `wrap`.
     adversarial_fraction: the share :math:`p` of the batch: its first
       `int(p * batch)` examples, at least one.
     key: for an attack that draws.
 
   Returns:
-    A batch of the same structure, shapes and dtypes.
+    A batch of the same structure, shapes and dtypes. The leaf of a `(get, set)`
+    pair is what `set` makes of the floats: where `get` converts uint8 pixels,
+    all of its examples come back as floats, unless `set` converts back.
 
   Raises:
     TypeError: for an attack that is none, inputs that are not floating, or a

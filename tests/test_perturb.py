@@ -95,6 +95,27 @@ def test_dtypes_are_kept():
   np.testing.assert_array_equal(changed, np.arange(16) < 8)
 
 
+def test_a_pair_that_converts_leaves_floats():
+  pixels = jnp.asarray(np.arange(80).reshape(16, 5), jnp.uint8)
+  batch = {**make_batch(0), 'image': pixels}
+  mixed = conadv.perturb(
+    loss_fn,
+    KERNEL,
+    batch,
+    attack=ATTACK,
+    adversarial_fraction=0.5,
+    inputs=(
+      lambda batch: batch['image'].astype(jnp.float32) / 255,
+      lambda batch, image: {**batch, 'image': image},
+    ),
+  )
+  floats = {**batch, 'image': pixels.astype(jnp.float32) / 255}
+  chex.assert_trees_all_equal_shapes_and_dtypes(mixed, floats)
+  np.testing.assert_allclose(
+    mixed['image'], naive_fgsm(floats, 0.1, 8), atol=1e-6
+  )
+
+
 def test_errors_say_what_is_wrong():
   batch = make_batch(0)
 
