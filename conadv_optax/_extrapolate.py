@@ -187,8 +187,10 @@ def extrapolate(
     )
     output, grads, inner = call(ahead)
     _, own = tx.update(tree_at_least_float32(grads), own, here)
-    # Copies, because a donated buffer must not be passed twice.
-    past = PerGroup(jax.tree.map(jnp.copy, grads)) if direction == 'past' else ()
+    past: Any = ()
+    if direction == 'past':
+      # Copies, because a donated buffer must not be passed twice.
+      past = PerGroup(jax.tree.map(jnp.copy, grads))
     return output, grads, ExtrapolateState(inner, past, PerGroup(own))
 
   return GradientFunction(init, value_and_grad, grad_fn.staleness)
