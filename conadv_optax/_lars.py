@@ -189,10 +189,9 @@ def lars(
     )
     # `jax.tree.transpose` knows no tree without leaves, as an empty group of
     # `optax.multi_transform` is.
-    treedef = jax.tree.structure(updates)
-    pairs = treedef.flatten_up_to(both)
     new_updates, new_momentum = (
-      treedef.unflatten([pair[i] for pair in pairs]) for i in range(2)
+      jax.tree.map(lambda _, pair, i=i: pair[i], updates, both)
+      for i in range(2)
     )
     count = optax.safe_increment(state.count)
     return new_updates, LarsState(count, new_momentum)
