@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conadv_optax import _checks, _groups, _queue
+from conadv_optax._numeric import at_least_float32
 from conadv_optax._types import (
   Batch,
   ConAdvAux,
@@ -169,7 +170,8 @@ def concurrent(
 
   # All of these are over the trainers: attackers give zeros.
   def mean(x: jax.Array) -> jax.Array:
-    return jax.lax.psum(x, axes) / all_trainers
+    total = jax.lax.psum(at_least_float32(x), axes)
+    return (total / all_trainers).astype(x.dtype)
 
   def mean_or_sum(x: jax.Array) -> jax.Array:
     return mean(x) if _groups.is_floating(x) else jax.lax.psum(x, axes)

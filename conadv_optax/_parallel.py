@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conadv_optax import _groups
+from conadv_optax._numeric import at_least_float32
 from conadv_optax._types import (
   Batch,
   ConAdvAux,
@@ -49,10 +51,11 @@ def data_parallel(
 
   Returns:
     A `GradientFunction`. Losses, gradients and the floating leaves of the model
-    state are averaged over the devices (other leaves of the state, counters
-    say, are the same everywhere). Of the user's own aux, a floating scalar is
-    averaged, another scalar is summed, and an array is taken to be one value an
-    example and put together along its leading axis.
+    state are averaged over the devices, and sent, in float32 or wider (other
+    leaves of the state, counters say, are the same everywhere). Of the user's
+    own aux, a floating scalar is averaged, another scalar is summed (booleans
+    are counted), and an array is taken to be one value an example and put
+    together along its leading axis.
 
   Raises:
     ValueError: when the mesh has no such axis, or a leaf of a batch does not
@@ -214,16 +217,21 @@ def _own(fn: Callable[[jax.Array], jax.Array], state: Any) -> Any:
 def _mean(tree: Any, axis: str) -> Any:
   """The mean over devices of floating leaves; others are equal on all."""
   return jax.tree.map(
-    lambda x: jax.lax.pmean(x, axis) if _groups.is_floating(x) else x, tree
+    lambda x: _pmean(x, axis) if _groups.is_floating(x) else x, tree
   )
 
 
 def _mean_or_sum(tree: Any, axis: str) -> Any:
   return jax.tree.map(
     lambda x: (
-      jax.lax.pmean(x, axis)
+      _pmean(jnp.asarray(x), axis)
       if _groups.is_floating(x)
       else jax.lax.psum(x, axis)
     ),
     tree,
   )
+
+
+def _pmean(x: jax.Array, axis: str) -> jax.Array:
+  # A sum in float16 overflows, and one in bfloat16 loses what is small.
+  return jax.lax.pmean(at_least_float32(x), axis).astype(x.dtype)

@@ -316,6 +316,22 @@ def test_runs_on_any_mesh_with_and_without_jit(axis_type, jit):
   chex.assert_trees_all_close(grad, 2 * sum(squares.values()), rtol=1e-6)
 
 
+def test_the_mean_is_taken_in_float32():
+  # The sum of the three trainers is beyond float16.
+  grad_fn = conadv.concurrent(
+    conadv.wrap(
+      lambda w, x: jnp.mean(w * x), attack=conadv.fgsm(0.0), inputs=()
+    ),
+    make_mesh(1, 4),
+  )
+  w, x = jnp.ones([], jnp.float16), jnp.full(3, 3e4, jnp.float16)
+  _, grads, _ = jax.jit(grad_fn.value_and_grad)(
+    w, jax.jit(grad_fn.init)(w, [x]), x
+  )
+  chex.assert_type(grads, jnp.float16)
+  np.testing.assert_allclose(grads, 3e4, rtol=1e-3)
+
+
 def test_counters_and_keys_in_the_model_state_are_those_of_a_trainer():
   def counting(w, model_state, batch):
     model_state = {

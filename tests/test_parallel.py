@@ -189,6 +189,8 @@ def test_users_aux_is_averaged_summed_or_put_together():
     aux = {
       'mean': jnp.mean(batch['x']),
       'count': jnp.sum(batch['x'] > 3),
+      'any': jnp.any(batch['x'] > 3),
+      'rate': 0.1,
       'each': batch['x'] * 2,
     }
     return jnp.mean(w * batch['x']), aux
@@ -198,12 +200,19 @@ def test_users_aux_is_averaged_summed_or_put_together():
     make_mesh(),
   )
   x = jnp.arange(16.0)
-  (_, aux), _, _ = grad_fn.value_and_grad(
+  (_, aux), _, _ = jax.jit(grad_fn.value_and_grad)(
     jnp.ones([]), grad_fn.init(jnp.ones([]), []), {'x': x}
   )
   chex.assert_trees_all_close(
     aux.aux['main'],
-    {'mean': jnp.mean(x), 'count': jnp.sum(x > 3), 'each': 2 * x},
+    {
+      'mean': jnp.mean(x),
+      'count': jnp.sum(x > 3),
+      # Of two numbers a device, none of the first two has one above 3.
+      'any': jnp.int32(6),
+      'rate': jnp.float32(0.1),
+      'each': 2 * x,
+    },
   )
 
 
@@ -224,6 +233,28 @@ def test_counters_in_the_model_state_keep_their_value_and_dtype():
     model_state={'calls': jnp.int32(3)},
   )
   chex.assert_trees_all_equal(aux.model_state, {'calls': jnp.int32(4)})
+
+
+def test_the_mean_is_taken_in_float32():
+  # The sum of the eight is beyond float16.
+  def loss(w, model_state, x):
+    return jnp.mean(w * x), {'mean': jnp.mean(x)}
+
+  grad_fn = conadv.data_parallel(
+    conadv.plain(loss, has_state=True), make_mesh()
+  )
+  w = jnp.ones([], jnp.float16)
+  (_, aux), grads, _ = jax.jit(grad_fn.value_and_grad)(
+    w,
+    grad_fn.init(w, []),
+    jnp.full(8, 1e4, jnp.float16),
+    model_state={'mean': jnp.zeros([], jnp.float16)},
+  )
+  expected = jnp.float16(1e4)
+  chex.assert_trees_all_equal_dtypes((grads, aux.model_state['mean']), (w, w))
+  chex.assert_trees_all_close(
+    (grads, aux.model_state), (expected, {'mean': expected}), rtol=1e-3
+  )
 
 
 def test_a_second_axis_of_the_mesh_is_left_to_the_compiler():
