@@ -43,8 +43,8 @@ def accumulate(
     A `GradientFunction`, whose state has the form of that on devices. Losses,
     gradients and the floating leaves of the model state are averaged in float32
     over the micro-batches (other leaves of the state are the last one's). Of
-    the user's own aux, a floating scalar is averaged, another scalar is summed,
-    and an array is put together along its leading axis.
+    the user's own aux, a floating scalar is averaged, another scalar is summed
+    (booleans are counted), and an array is put together along its leading axis.
 
   Raises:
     TypeError: for a count that is not an int.
@@ -139,6 +139,7 @@ def accumulate(
       )
       squares = _groups.second_moment(aux, grads, second_moment)
       scalars, arrays = _groups.split_aux(aux.aux)
+      scalars = jax.tree.map(_number, scalars)
       averaged = (loss, aux.losses, aux.model_state, grads, squares)
       return averaged, scalars, arrays, state
 
@@ -232,6 +233,12 @@ def _write(written: Any, new: Any, number: jax.Array) -> Any:
     own=lambda old, new: jax.tree.map(put_one, old, new),
     shared=lambda old, new: new,
   )
+
+
+def _number(x: Any) -> jax.Array:
+  """A scalar of which a sum makes sense: of booleans it is their count."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.int32) if x.dtype == bool else x
 
 
 def _zero(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -138,6 +138,8 @@ def test_users_aux_is_averaged_summed_or_put_together():
     aux = {
       'mean': jnp.mean(x),
       'count': jnp.sum(x > 3, dtype=jnp.int32),
+      'any': jnp.any(x > 3),
+      'rate': 0.1,
       'each': x * 2,
     }
     calls = {'calls': model_state['calls'] + 1}
@@ -152,7 +154,14 @@ def test_users_aux_is_averaged_summed_or_put_together():
   )
   chex.assert_trees_all_close(
     aux.aux['main'],
-    {'mean': jnp.mean(x), 'count': jnp.int32(12), 'each': 2 * x},
+    {
+      'mean': jnp.mean(x),
+      'count': jnp.int32(12),
+      # Of four micro-batches, none of the first has a number above 3.
+      'any': jnp.int32(3),
+      'rate': jnp.float32(0.1),
+      'each': 2 * x,
+    },
   )
   # As on devices, each group counts one call.
   chex.assert_trees_all_equal(aux.model_state, {'calls': jnp.int32(4)})
