@@ -94,7 +94,9 @@ def sam(
   Both gradients are of the same batch with the same key. Loss, aux, batch
   statistics and the state inside are those of the first, at :math:`w`, so that
   statistics move once a step. A gradient of zero perturbs nothing, and
-  :math:`\rho = 0` gives the gradient itself.
+  :math:`\rho = 0` gives the gradient itself. The aux has no second moment of
+  what is inside, whose gradients are others: ask the `data_parallel` or
+  `accumulate` outside for it.
 
   Args:
     grad_fn: what `conadv.wrap` returned, say, or a loss function as for
@@ -178,9 +180,11 @@ def sam(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    output, grads, inner = grad_fn.value_and_grad(
+    (loss, aux), grads, inner = grad_fn.value_and_grad(
       params, state.inner, batch, model_state=model_state, key=key
     )
+    # That of an `accumulate` inside is not of the gradient returned here.
+    output = loss, aux._replace(second_moment=None)
     gradient = _mean(tree_at_least_float32(grads), axis)
 
     def sharp() -> Any:

@@ -162,6 +162,30 @@ def test_loss_statistics_and_queue_are_those_of_the_first_pass(every):
   assert difference > 0.01 * optax.tree.norm(grads)
 
 
+def test_the_second_moment_is_that_of_the_groups_outside():
+  def loss(w, x):
+    return jnp.mean(jnp.cos(w) * x)
+
+  def second_moment_and_gradient(grad_fn):
+    w, x = jnp.float32(0.4), jnp.ones(4)
+    (_, aux), grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), x)
+    return aux.second_moment, grads
+
+  squares, gradient = second_moment_and_gradient(
+    conadv.accumulate(conadv.sam(loss, 0.3), 2, second_moment=True)
+  )
+  # The groups are alike, and uphill of 0.4 is 0.4 - 0.3.
+  np.testing.assert_allclose(squares, np.sin(0.1) ** 2, rtol=1e-5)
+  np.testing.assert_allclose(gradient, -np.sin(0.1), rtol=1e-5)
+  inside, gradient = second_moment_and_gradient(
+    conadv.sam(
+      conadv.accumulate(conadv.plain(loss), 2, second_moment=True), 0.3
+    )
+  )
+  np.testing.assert_allclose(gradient, -np.sin(0.1), rtol=1e-5)
+  assert inside is None
+
+
 def test_a_loss_function_may_stand_for_its_plain_gradient():
   of_loss = conadv.sam(loss_fn, 0.1, has_state=True)
   of_plain = conadv.sam(conadv.plain(loss_fn, has_state=True), 0.1)
