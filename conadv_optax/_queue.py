@@ -10,7 +10,12 @@ from conadv_optax._types import ConAdvState, Queue
 
 def fill(waiting: Queue) -> ConAdvState:
   """The state whose ring is full, its oldest entry first."""
-  return ConAdvState(jnp.zeros([], jnp.int32), waiting)
+  # Of no weak types, `jnp.full(shape, 2.)` say, as `push` leaves none: the
+  # second step would compile again.
+  queue = jax.tree.map(
+    lambda x: jax.lax.convert_element_type(x, x.dtype), waiting
+  )
+  return ConAdvState(jnp.zeros([], jnp.int32), queue)
 
 
 def oldest(state: ConAdvState) -> Any:

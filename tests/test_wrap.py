@@ -74,6 +74,17 @@ def one_step(batch, **kwargs):
   )
 
 
+def test_a_weakly_typed_batch_compiles_once():
+  init, step = compiled_copies(1)
+  batch = {'x': jnp.full(2, 3.0)}
+  assert batch['x'].weak_type
+  w, before = jnp.float32(1), step._cache_size()
+  state = init(w, [batch])
+  for _ in range(2):
+    _, _, state = step(w, state, batch)
+  assert step._cache_size() == before + 1
+
+
 def test_weights_one_and_zero_are_the_plain_step():
   batch = make_batch(0)
   (loss, aux), grads, _ = one_step(
