@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_optax import _groups
+from conadv_optax import _checks, _groups
 from conadv_optax._numeric import at_least_float32
 from conadv_optax._types import (
   Batch,
@@ -96,6 +96,8 @@ def accumulate(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> Any:
+    _checks.check_first_batches(first_batches, grad_fn.staleness)
+
     def init_one(args: tuple[jax.Array, list[Batch]]) -> Any:
       number, batches = args
       return grad_fn.init(

@@ -10,7 +10,15 @@ from jax.sharding import Mesh
 from conadv_optax import dual_bn
 from conadv_optax._numeric import describe
 from conadv_optax._paths import path_names
-from conadv_optax._types import Attack, Batch, GradientFunction, Passes
+from conadv_optax._types import (
+  Attack,
+  Batch,
+  ConAdvState,
+  GradientFunction,
+  Passes,
+)
+
+_NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
 
 
 def check_staleness(staleness: Any, reuse_gradient: bool) -> None:
@@ -138,21 +146,32 @@ def check_inputs(inputs: Any) -> None:
 
 
 def check_first_batches(first_batches: Any, staleness: int) -> None:
-  """As many batches as the staleness, and all alike."""
+  """As many batches as the staleness."""
   if not isinstance(first_batches, list | tuple):
+    right = {0: '[]', 1: '[batch]'}.get(staleness, _NEXT)
     raise TypeError(
-      '`first_batches` must be a list of batches. Given a '
-      f'{type(first_batches).__name__}. For one batch write '
-      '`grad_fn.init(params, [batch])`.'
+      '`first_batches` must be a list of batches, as many as the staleness, '
+      f'here {staleness}. Given a {type(first_batches).__name__}. Write '
+      f'`grad_fn.init(params, {right})`.'
     )
   if len(first_batches) != staleness:
     raise ValueError(
       f'`init` wants the first {staleness} batches, as many as the staleness. '
-      f'Given {len(first_batches)}. Write `first_batches = [next(batches) for '
-      '_ in range(grad_fn.staleness)]`.'
+      f'Given {len(first_batches)}. Write `first_batches = {_NEXT}`.'
     )
-  for batch in first_batches[1:]:
-    check_like(batch, first_batches[0], 'Every one of `first_batches`')
+
+
+def check_state(state: ConAdvState, staleness: int) -> None:
+  """The ring of as many batches as the staleness."""
+  rings = jax.tree.leaves(state.queue)
+  held = rings[0].shape[0] if rings else 0
+  if held != staleness:
+    raise ValueError(
+      'The state holds as many batches as the staleness, here '
+      f'staleness={staleness}. Given a state that holds {held}. Likely it is '
+      'of a run with another staleness: restore all but the state, and write '
+      f'`state = grad_fn.init(params, {_NEXT})`.'
+    )
 
 
 def check_like(batch: Batch, like: Batch, what: str) -> None:

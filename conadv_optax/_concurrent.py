@@ -190,6 +190,7 @@ def concurrent(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> ConAdvState:
+    _checks.check_first_batches(first_batches, grad_fn.staleness)
     first_batches = [place(batch) for batch in first_batches]
 
     def local(
@@ -216,6 +217,7 @@ def concurrent(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
+    _checks.check_state(state, grad_fn.staleness)
     batch = place(batch)
 
     def local(

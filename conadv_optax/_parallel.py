@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax import _groups
+from conadv_optax import _checks, _groups
 from conadv_optax._numeric import at_least_float32
 from conadv_optax._types import (
   Batch,
@@ -123,6 +123,7 @@ def data_parallel(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> ConAdvState:
+    _checks.check_first_batches(first_batches, grad_fn.staleness)
     first_batches = [place(batch) for batch in first_batches]
 
     def local(

@@ -125,8 +125,8 @@ def wrap(
       that is none, or a `loss_fn` that returns something else than it should.
     ValueError: for a negative staleness, weights that do not match the
       branches, first batches of the wrong number or shape, a later batch of
-      another shape, a missing key or model state, or a combination that
-      `reuse_gradient` does not allow.
+      another shape, a state of another staleness, a missing key or model state,
+      or a combination that `reuse_gradient` does not allow.
     KeyError: when the batch has no leaf `inputs`, or a `Branched` tree not
       every branch.
 
@@ -304,12 +304,14 @@ def wrap(
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> ConAdvState:
-    first_batches = jax.tree.map(jnp.asarray, first_batches)
     _checks.check_first_batches(first_batches, staleness)
+    batches = jax.tree.map(jnp.asarray, list(first_batches))
+    for batch in batches[1:]:
+      _checks.check_like(batch, batches[0], 'Every one of `first_batches`')
     if staleness > 0:
-      check(params, model_state, first_batches, key)
+      check(params, model_state, batches, key)
     # Compiled, so that every part of the state lies on the devices of the rest.
-    return jax.jit(fill)(params, model_state, list(first_batches), key)
+    return jax.jit(fill)(params, model_state, batches, key)
 
   def fill(
     params: Any,
@@ -340,6 +342,7 @@ def wrap(
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
     newest = jax.tree.map(jnp.asarray, batch)
     check(params, model_state, [newest], key)
+    _checks.check_state(state, staleness)
     attack_key, branch_keys = keys_of(key)
     oldest = _queue.oldest(state)
     if staleness > 0:

@@ -73,10 +73,20 @@ def test_first_batches_of_the_wrong_number(staleness, number):
   )
 
 
-def test_first_batches_that_are_one_batch():
+@pytest.mark.parametrize(
+  ('staleness', 'right'),
+  [
+    (0, '[]'),
+    (1, '[batch]'),
+    (2, '[next(batches) for _ in range(grad_fn.staleness)]'),
+  ],
+)
+def test_first_batches_that_are_one_batch(staleness, right):
   with pytest.raises(TypeError) as error:
-    call(wrap(), first_batches=make_batch(0))
-  assert_says(error, 'must be a list', 'dict', 'grad_fn.init(params, [batch])')
+    call(wrap(staleness), first_batches=make_batch(0))
+  assert_says(
+    error, 'must be a list', f'here {staleness}', 'dict', f'(params, {right})`'
+  )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +108,29 @@ def test_batches_that_are_not_alike(change, given, where, reuse_gradient):
     else:
       call(grad_fn, odd)
   assert_says(error, 'takes its place in the queue', given)
+
+
+@pytest.mark.parametrize(('staleness', 'held'), [(1, 3), (0, 3), (1, 0)])
+def test_a_state_of_another_staleness(staleness, held):
+  params, model_state = init_model()
+
+  def both():
+    state = wrap(held).init(
+      params, [make_batch(t) for t in range(held)], model_state=model_state
+    )
+    return wrap(staleness).value_and_grad(
+      params, state, make_batch(9), model_state=model_state
+    )
+
+  with pytest.raises(ValueError) as error:
+    jax.eval_shape(both)
+  assert_says(
+    error,
+    f'staleness={staleness}',
+    f'holds {held}',
+    'restore all but the state',
+    '`state = grad_fn.init(params, ',
+  )
 
 
 def test_a_leaf_without_the_batch_axis_cannot_be_cut():

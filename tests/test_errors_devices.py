@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 from error_checks import assert_says, call, wrap
-from helpers import loss_fn, make_batch
+from helpers import init_model, loss_fn, make_batch
 from jax.sharding import AxisType
 
 import conadv_optax as conadv
@@ -77,6 +77,27 @@ def test_a_batch_that_the_trainers_do_not_divide(size):
   with pytest.raises(ValueError) as error:
     call(grad_fn, batch, [batch])
   assert_says(error, 'multiple of the 6 trainers', 'image', 'drop or pad')
+
+
+@pytest.mark.parametrize(
+  'spread',
+  [
+    lambda grad_fn: conadv.concurrent(grad_fn, make_mesh(1, 4)),
+    lambda grad_fn: conadv.data_parallel(grad_fn, make_mesh(4, 1, ('data',))),
+    lambda grad_fn: conadv.accumulate(grad_fn, 4),
+  ],
+  ids=['concurrent', 'data_parallel', 'accumulate'],
+)
+def test_what_is_no_list_of_batches_or_a_state_of_another_staleness(spread):
+  params, model_state = init_model()
+  batch, state = make_batch(0, size=12), conadv.ConAdvState((), ())
+  grad_fn = spread(wrap())
+  with pytest.raises(TypeError) as error:
+    grad_fn.init(params, batch, model_state=model_state)
+  assert_says(error, 'must be a list', 'dict', 'grad_fn.init(params, [batch])')
+  with pytest.raises(ValueError) as error:
+    grad_fn.value_and_grad(params, state, batch, model_state=model_state)
+  assert_says(error, 'staleness=1', 'holds 0', 'restore all but the state')
 
 
 def test_a_later_batch_of_another_size_for_the_trainers():
