@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from conadv_optax._balls import BALLS, Norm, round_towards
 from conadv_optax._numeric import (
   at_least_float32,
+  check_count,
   check_not_negative,
   concrete,
   describe,
@@ -86,9 +87,9 @@ def pgd(
     input, so that the ball holds; an `epsilon` below its resolution vanishes.
 
   Raises:
-    ValueError: for a negative radius or step, `bounds` with low above high,
-      fewer than one step, an unknown norm, a probability outside [0, 1], or an
-      array that does not broadcast to the input.
+    ValueError: for a negative radius or step, `bounds` that are no pair or have
+      low above high, fewer than one step, an unknown norm, a probability
+      outside [0, 1], or an array that does not broadcast to the input.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -293,7 +294,7 @@ def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
     A function `(key, batch) -> batch` with targets in place of the labels.
 
   Raises:
-    ValueError: for fewer than two classes.
+    ValueError: for a number of classes that is not an int of at least 2.
     TypeError: when it is called on labels that are not integers.
     KeyError: when the batch has no such leaf.
 
@@ -308,11 +309,8 @@ def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
     Xie et al., `Adversarial Examples Improve Image Recognition
     <https://arxiv.org/abs/1911.09665>`_, 2020
   """
-  if num_classes < 2:
-    raise ValueError(
-      'A wrong class exists only among two or more. Given '
-      f'num_classes={num_classes}.'
-    )
+  # A wrong class exists only among two or more.
+  check_count('num_classes', num_classes, least=2)
   label_leaf = _leaf(label, argument='label')
 
   def targets(key: jax.Array | None, batch: Batch) -> Batch:
@@ -397,6 +395,11 @@ def _check_probability(start_from_clean: ArrayLike) -> None:
 def _check_bounds(bounds: tuple[ArrayLike, ArrayLike] | None) -> None:
   if bounds is None:
     return
+  if not hasattr(bounds, '__len__') or len(bounds) != 2:
+    raise ValueError(
+      f'`bounds` is a pair, (low, high). Given {describe(bounds)}. Write '
+      '`bounds=(0., 1.)`; each may be an array, one value a channel say.'
+    )
   low, high = concrete(bounds[0]), concrete(bounds[1])
   if low is not None and high is not None and not np.all(low <= high):
     raise ValueError(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_checks import assert_says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -252,3 +253,10 @@ def test_who_draws():
   assert conadv.pgd(0.1).draws
   assert conadv.fast_fgsm(0.1).draws
   assert conadv.fgsm(0.1, targets=conadv.random_targets(3)).draws
+
+
+@pytest.mark.parametrize('bounds', [(0.0, 1.0, 5.0), (0.0,), 1.0, jnp.ones(3)])
+def test_bounds_that_are_no_pair(bounds):
+  with pytest.raises(ValueError) as error:
+    conadv.pgd(0.1, bounds=bounds)
+  assert_says(error, 'pair, (low, high)', 'Given ', '`bounds=(0., 1.)`')
