@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from conadv_optax import dual_bn
-from conadv_optax._numeric import describe
+from conadv_optax._numeric import concrete, describe
 from conadv_optax._paths import path_names
 from conadv_optax._types import (
   Attack,
@@ -18,6 +18,8 @@ from conadv_optax._types import (
   Passes,
 )
 
+# The call that a user writes, with a gap for what is missing in it.
+STEP = 'grad_fn.value_and_grad(params, state, batch, {})'
 _NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
 
 
@@ -70,7 +72,7 @@ def check_fraction(fraction: Any) -> None:
 
 
 def check_branches(branches: Sequence[str], weights: Any) -> None:
-  """Different names, and a weight for each of them and for no other."""
+  """Different names, and a number for each of them and for no other."""
   if len(set(branches)) != len(branches):
     raise ValueError(
       "The names 'main' and 'adversarial' are taken: `extra_branches` needs "
@@ -83,27 +85,37 @@ def check_branches(branches: Sequence[str], weights: Any) -> None:
       f'{sorted(branches)}. Write `weights='
       f'{dict.fromkeys(branches, round(1 / len(branches), 3))}`.'
     )
+  for name, weight in (weights or {}).items():
+    number = concrete(weight)
+    is_scalar = jnp.shape(weight) == ()
+    if not is_scalar or (number is not None and not 0 <= number < jnp.inf):
+      given = describe(weight) if number is None else number.tolist()
+      raise ValueError(
+        'A weight of a branch is one finite number, not negative. Given '
+        f'weights[{name!r}]={given}. Weights of examples belong in '
+        '`loss_fn`: `return jnp.mean(example_weights * losses)`.'
+      )
 
 
-def check_key(draws: bool, key: jax.Array | None) -> None:
-  """A key wherever something draws."""
+def check_key(draws: bool, key: jax.Array | None, call: str = STEP) -> None:
+  """A key wherever something draws. `call` is the user's, with a gap for it."""
   if draws and key is None:
     raise ValueError(
-      'This gradient function draws random numbers (a random start, targets, '
-      'noise, or `has_key=True`), so it needs `key=`. Given none. Write '
-      '`grad_fn.value_and_grad(params, state, batch, key=key)` with a fresh '
-      '`key` each step, `jax.random.fold_in(key, step)` say; `init` likewise.'
+      'Random numbers are drawn here (a random start, targets, noise, or '
+      '`has_key=True`), which needs `key=`. Given none. Write '
+      f'`{call.format("key=key")}` with a fresh `key` each step, '
+      '`jax.random.fold_in(key, step)` say.'
     )
 
 
-def check_model_state(params: Any, model_state: Any, has_state: bool) -> None:
+def check_model_state(
+  params: Any, model_state: Any, has_state: bool, call: str = STEP
+) -> None:
   """A model state exactly where `loss_fn` takes one, branched like `params`."""
   if has_state and model_state is None:
     raise ValueError(
       '`has_state=True` says that `loss_fn` takes a model state. Given none. '
-      'Write `grad_fn.value_and_grad(params, state, batch, '
-      'model_state=model_state)`, and `grad_fn.init(..., '
-      'model_state=model_state)`.'
+      f'Write `{call.format("model_state=model_state")}`.'
     )
   if not has_state and model_state is not None:
     raise ValueError(

@@ -117,7 +117,8 @@ def _report(
   key: Any,
 ) -> StalenessReport:
   clean = passes.clean(batch)
-  stale = passes.craft(old_params, model_state, batch, key)
+  call = 'conadv.staleness_report(grad_fn, old_params, params, batch, {})'
+  stale = passes.craft(old_params, model_state, batch, key, call)
   fresh = passes.craft(params, model_state, batch, key)
 
   def loss(inputs: jax.Array) -> jax.Array:

@@ -98,10 +98,10 @@ def wrap(
       `get(batch)`, `set(batch, value)`. `()` is the batch itself. `get` may
       convert, uint8 pixels to floats say: clean batches then wait as they are,
       and `loss_fn` must take the leaf as it is and as `get` returns it.
-    weights: the weight of each branch's loss, by name, floats or scalar arrays.
-      None: equal, summing to 1. Algorithm 1 of the paper is the plain sum,
-      `{'main': 1., 'adversarial': 1.}`. A branch of weight 0 adds nothing, not
-      even a NaN.
+    weights: the weight of each branch's loss, by name, floats or scalar arrays,
+      finite and not negative. None: equal, summing to 1. Algorithm 1 of the
+      paper is the plain sum, `{'main': 1., 'adversarial': 1.}`. A branch of
+      weight 0 adds nothing, not even a NaN.
     extra_branches: further clean views, each a branch with a norm of its own:
       `{'augmented': 'image_augmented'}` names the leaf that takes the place of
       `inputs`.
@@ -124,9 +124,10 @@ def wrap(
     TypeError: for a staleness that is not an int, integer inputs, an attack
       that is none, or a `loss_fn` that returns something else than it should.
     ValueError: for a negative staleness, weights that do not match the
-      branches, first batches of the wrong number or shape, a later batch of
-      another shape, a state of another staleness, a missing key or model state,
-      or a combination that `reuse_gradient` does not allow.
+      branches or are no finite numbers of 0 or more, first batches of the wrong
+      number or shape, a later batch of another shape, a state of another
+      staleness, a missing key or model state, or a combination that
+      `reuse_gradient` does not allow.
     KeyError: when the batch has no leaf `inputs`, or a `Branched` tree not
       every branch.
 
@@ -291,9 +292,10 @@ def wrap(
     model_state: Any,
     batches: Sequence[Batch],
     key: jax.Array | None,
+    call: str = _checks.STEP,
   ) -> None:
-    _checks.check_model_state(params, model_state, has_state)
-    _checks.check_key(attack.draws or has_key, key)
+    _checks.check_model_state(params, model_state, has_state, call)
+    _checks.check_key(attack.draws or has_key, key, call)
     for batch in batches:
       _checks.check_inputs(leaf.get(batch))
 
@@ -309,7 +311,8 @@ def wrap(
     for batch in batches[1:]:
       _checks.check_like(batch, batches[0], 'Every one of `first_batches`')
     if staleness > 0:
-      check(params, model_state, batches, key)
+      call = 'grad_fn.init(params, first_batches, {})'
+      check(params, model_state, batches, key, call)
     # Compiled, so that every part of the state lies on the devices of the rest.
     return jax.jit(fill)(params, model_state, batches, key)
 
@@ -370,10 +373,14 @@ def wrap(
     return output, grads, state
 
   def craft_alone(
-    params: Any, model_state: Any, batch: Batch, key: jax.Array | None
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: jax.Array | None,
+    call: str = _checks.STEP,
   ) -> jax.Array:
-    """`craft` for a caller who has checked nothing."""
-    check(params, model_state, [batch], key)
+    """`craft` for a caller who has checked nothing. `call` is the user's."""
+    check(params, model_state, [batch], key, call)
     return craft(params, model_state, batch, keys_of(key)[0])
 
   def train_alone(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_checks import assert_says
 from helpers import init_model, loss_fn, make_batch, naive_attack
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,3 +171,15 @@ def test_a_gradient_function_without_an_attack_pass_is_an_error():
     conadv.staleness_report(grad_fn, w, w, batch)
   with pytest.raises(TypeError, match='staleness_report'):
     conadv.staleness_report(linear_loss, w, w, batch)
+
+
+def test_what_is_missing_is_told_with_the_call_that_needs_it():
+  before = 'conadv.staleness_report(grad_fn, old_params, params, batch'
+  with pytest.raises(ValueError) as error:
+    linear_report(conadv.pgd(EPSILON), np.ones(FEATURES), np.ones(FEATURES))
+  assert_says(error, 'needs `key=`', f'`{before}, key=key)`')
+  grad_fn = conadv.wrap(loss_fn, attack=conadv.fgsm(EPSILON), has_state=True)
+  params, _ = init_model()
+  with pytest.raises(ValueError) as error:
+    conadv.staleness_report(grad_fn, params, params, make_batch(0))
+  assert_says(error, 'Given none', f'`{before}, model_state=model_state)`')

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_checks import assert_says
 from helpers import init_model, loss_fn, make_batch, naive_attack, plain_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -334,3 +335,29 @@ def test_the_queue_may_lie_in_the_memory_of_the_host(kind):
     return results, jax.tree.map(lambda x: move(x, 'device'), state)
 
   chex.assert_trees_all_close(run('pinned_host'), run('device'), rtol=1e-6)
+
+
+@pytest.mark.parametrize(('staleness', 'held'), [(1, 3), (0, 3), (1, 0)])
+def test_a_state_of_another_staleness(staleness, held):
+  params, model_state = init_model()
+
+  def make(tau):
+    return conadv.wrap(loss_fn, tau, attack=conadv.fgsm(0.1), has_state=True)
+
+  def both():
+    state = make(held).init(
+      params, [make_batch(t) for t in range(held)], model_state=model_state
+    )
+    return make(staleness).value_and_grad(
+      params, state, make_batch(9), model_state=model_state
+    )
+
+  with pytest.raises(ValueError) as error:
+    jax.eval_shape(both)
+  assert_says(
+    error,
+    f'staleness={staleness}',
+    f'holds {held}',
+    'restore all but the state',
+    '`state = grad_fn.init(params, ',
+  )

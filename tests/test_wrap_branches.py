@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_checks import assert_says
 from helpers import forward, init_model, loss_fn, make_batch, plain_step
 
 import conadv_optax as conadv
@@ -165,3 +166,28 @@ def test_targets_are_for_the_attack_and_true_labels_for_training():
   assert len(seen) == len(wrong) + len(right)
   assert len(wrong) >= 1
   assert len(right) >= 2
+
+
+@pytest.mark.parametrize(
+  ('weight', 'given'),
+  [
+    (jnp.ones(3), '[1.0, 1.0, 1.0]'),
+    (-1.0, '-1.0'),
+    (float('nan'), 'nan'),
+    (np.float32('inf'), 'inf'),
+  ],
+)
+def test_a_weight_that_is_no_finite_number_of_zero_or_more(weight, given):
+  with pytest.raises(ValueError) as error:
+    conadv.wrap(loss_fn, weights={'main': weight, 'adversarial': 1})
+  assert_says(error, 'one finite number', f"weights['main']={given}")
+
+
+def test_a_traced_weight_is_a_scalar_of_any_value():
+  def weigh(weight):
+    conadv.wrap(loss_fn, weights={'main': weight, 'adversarial': 1 - weight})
+    return weight
+
+  jax.eval_shape(weigh, -1.0)
+  with pytest.raises(ValueError, match=r"weights\['main'\]=float32\[3\]"):
+    jax.eval_shape(weigh, jnp.ones(3))
