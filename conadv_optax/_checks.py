@@ -78,12 +78,12 @@ def check_branches(branches: Sequence[str], weights: Any) -> None:
       "The names 'main' and 'adversarial' are taken: `extra_branches` needs "
       f'others. Given {list(branches[2:])}.'
     )
+  right = dict.fromkeys(branches, round(1 / len(branches), 3))
   if weights is not None and set(weights) != set(branches):
     raise ValueError(
       '`weights` needs one entry for each branch. Given '
       f'weights for {sorted(weights)}, but the branches are '
-      f'{sorted(branches)}. Write `weights='
-      f'{dict.fromkeys(branches, round(1 / len(branches), 3))}`.'
+      f'{sorted(branches)}. Write `weights={right}`.'
     )
   for name, weight in (weights or {}).items():
     number = concrete(weight)
@@ -92,8 +92,8 @@ def check_branches(branches: Sequence[str], weights: Any) -> None:
       given = describe(weight) if number is None else number.tolist()
       raise ValueError(
         'A weight of a branch is one finite number, not negative. Given '
-        f'weights[{name!r}]={given}. Weights of examples belong in '
-        '`loss_fn`: `return jnp.mean(example_weights * losses)`.'
+        f'weights[{name!r}]={given}. Write `weights={right}`; weights of '
+        'examples belong in `loss_fn`.'
       )
 
 

@@ -180,7 +180,12 @@ def test_targets_are_for_the_attack_and_true_labels_for_training():
 def test_a_weight_that_is_no_finite_number_of_zero_or_more(weight, given):
   with pytest.raises(ValueError) as error:
     conadv.wrap(loss_fn, weights={'main': weight, 'adversarial': 1})
-  assert_says(error, 'one finite number', f"weights['main']={given}")
+  assert_says(
+    error,
+    'one finite number',
+    f"weights['main']={given}",
+    "`weights={'main': 0.5, 'adversarial': 0.5}`",
+  )
 
 
 def test_a_traced_weight_is_a_scalar_of_any_value():
