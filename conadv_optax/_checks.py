@@ -18,8 +18,6 @@ from conadv_optax._types import (
   Passes,
 )
 
-# The call that a user writes, with a gap for what is missing in it.
-STEP = 'grad_fn.value_and_grad(params, state, batch, {})'
 _NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
 
 
@@ -97,25 +95,22 @@ def check_branches(branches: Sequence[str], weights: Any) -> None:
       )
 
 
-def check_key(draws: bool, key: jax.Array | None, call: str = STEP) -> None:
-  """A key wherever something draws. `call` is the user's, with a gap for it."""
+def check_key(draws: bool, key: jax.Array | None) -> None:
+  """A key wherever something draws."""
   if draws and key is None:
     raise ValueError(
       'Random numbers are drawn here (a random start, targets, noise, or '
-      '`has_key=True`), which needs `key=`. Given none. Write '
-      f'`{call.format("key=key")}` with a fresh `key` each step, '
-      '`jax.random.fold_in(key, step)` say.'
+      '`has_key=True`), which needs `key=`. Given none. Add to this call '
+      '`key=jax.random.fold_in(key, step)`, or another fresh key each step.'
     )
 
 
-def check_model_state(
-  params: Any, model_state: Any, has_state: bool, call: str = STEP
-) -> None:
+def check_model_state(params: Any, model_state: Any, has_state: bool) -> None:
   """A model state exactly where `loss_fn` takes one, branched like `params`."""
   if has_state and model_state is None:
     raise ValueError(
       '`has_state=True` says that `loss_fn` takes a model state. Given none. '
-      f'Write `{call.format("model_state=model_state")}`.'
+      'Add to this call `model_state=model_state`.'
     )
   if not has_state and model_state is not None:
     raise ValueError(

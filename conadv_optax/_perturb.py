@@ -73,11 +73,7 @@ def perturb(
   """
   _checks.check_fraction(adversarial_fraction)
   _checks.check_attack(attack, reuse_gradient=False)
-  _checks.check_key(
-    attack.draws,
-    key,
-    'conadv.perturb(loss_fn, params, batch, attack=attack, {})',
-  )
+  _checks.check_key(attack.draws, key)
   leaf = _leaf(inputs, argument='inputs')
   batch = jax.tree.map(jax.numpy.asarray, batch)
   clean = leaf.get(batch)

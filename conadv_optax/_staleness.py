@@ -94,7 +94,6 @@ def staleness_report(
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
   passes = _checks.check_passes(grad_fn, 'staleness_report')
-
   return _report(
     passes,
     old_params,
@@ -117,8 +116,7 @@ def _report(
   key: Any,
 ) -> StalenessReport:
   clean = passes.clean(batch)
-  call = 'conadv.staleness_report(grad_fn, old_params, params, batch, {})'
-  stale = passes.craft(old_params, model_state, batch, key, call)
+  stale = passes.craft(old_params, model_state, batch, key)
   fresh = passes.craft(params, model_state, batch, key)
 
   def loss(inputs: jax.Array) -> jax.Array:

@@ -292,10 +292,9 @@ def wrap(
     model_state: Any,
     batches: Sequence[Batch],
     key: jax.Array | None,
-    call: str = _checks.STEP,
   ) -> None:
-    _checks.check_model_state(params, model_state, has_state, call)
-    _checks.check_key(attack.draws or has_key, key, call)
+    _checks.check_model_state(params, model_state, has_state)
+    _checks.check_key(attack.draws or has_key, key)
     for batch in batches:
       _checks.check_inputs(leaf.get(batch))
 
@@ -311,8 +310,7 @@ def wrap(
     for batch in batches[1:]:
       _checks.check_like(batch, batches[0], 'Every one of `first_batches`')
     if staleness > 0:
-      call = 'grad_fn.init(params, first_batches, {})'
-      check(params, model_state, batches, key, call)
+      check(params, model_state, batches, key)
     # Compiled, so that every part of the state lies on the devices of the rest.
     return jax.jit(fill)(params, model_state, batches, key)
 
@@ -373,14 +371,10 @@ def wrap(
     return output, grads, state
 
   def craft_alone(
-    params: Any,
-    model_state: Any,
-    batch: Batch,
-    key: jax.Array | None,
-    call: str = _checks.STEP,
+    params: Any, model_state: Any, batch: Batch, key: jax.Array | None
   ) -> jax.Array:
-    """`craft` for a caller who has checked nothing. `call` is the user's."""
-    check(params, model_state, [batch], key, call)
+    """`craft` for a caller who has checked nothing."""
+    check(params, model_state, [batch], key)
     return craft(params, model_state, batch, keys_of(key)[0])
 
   def train_alone(

@@ -126,10 +126,8 @@ def test_errors_say_what_is_wrong():
     call(adversarial_fraction=0.0)
   with pytest.raises(TypeError, match='Likely the call is missing'):
     call(attack=conadv.fgsm)
-  with pytest.raises(ValueError, match='needs `key=`') as error:
+  with pytest.raises(ValueError, match='needs `key=`'):
     call(attack=conadv.pgd(0.1))
-  fix = 'conadv.perturb(loss_fn, params, batch, attack=attack, key=key)'
-  assert f'`{fix}`' in str(error.value)
   with pytest.raises(TypeError, match='must be floating'):
     call({**batch, 'image': jnp.ones((16, 5), jnp.uint8)})
   with pytest.raises(KeyError, match="Did you mean `inputs='image'`"):
