@@ -133,10 +133,8 @@ def _set_aside(workdir: Path, number: int) -> Path:
   return target
 
 
-def _changed(written_by: dict[str, str] | None) -> str:
+def _changed(then: dict[str, str], now: dict[str, str]) -> str:
   """What is not the software that wrote a checkpoint; '' where all is."""
-  now = hosts.software()
-  then = written_by or {}
   return ', '.join(
     f'{name} {then[name]} -> {now.get(name, "nothing")}'
     for name in then
@@ -145,7 +143,10 @@ def _changed(written_by: dict[str, str] | None) -> str:
 
 
 def restore(
-  workdir: Path, state: step.TrainState, batches: grain.DatasetIterator
+  workdir: Path,
+  state: step.TrainState,
+  batches: grain.DatasetIterator,
+  software: dict[str, str],
 ) -> step.TrainState | None:
   """The newest checkpoint that is whole; the iterator is set to its position.
 
@@ -156,6 +157,7 @@ def restore(
     workdir: of the run.
     state: arrays, or their shapes, with the dtypes and shardings to restore to.
     batches: the training iterator.
+    software: of this run; where it is not that of the checkpoint, it says so.
 
   Returns:
     The state, or None where there is no checkpoint.
@@ -205,7 +207,7 @@ def restore(
         f'{kept}, and the run resumes from step {number}.',
         flush=True,
       )
-    if changed := _changed(written_by):
+    if changed := _changed(written_by or {}, software):
       print(
         f'Since step {number} was saved, this has changed: {changed}. The run '
         'goes on, but may not be the one that it would have been.',
@@ -274,8 +276,9 @@ def save(
   state: step.TrainState,
   batches: grain.DatasetIterator,
   config: ml_collections.ConfigDict,
+  software: dict[str, str],
 ) -> None:
-  """Saves the state, the position in the data and the config.
+  """Saves the state, the position in the data, the config and versions.
 
   Files are written while the run goes on.
 
@@ -290,5 +293,5 @@ def save(
         data=grain.checkpoint.CheckpointSave(batches),
         config=ocp.args.JsonSave(comparable(config)),
       ),
-      custom_metadata=hosts.software(),
+      custom_metadata=software,
     )

@@ -196,15 +196,16 @@ def make_state(
   grad_fn: conadv.GradientFunction,
   mesh: Mesh,
   first_batches: list[step.Batch],
+  described: step.TrainState,
 ) -> step.TrainState:
-  """The state before the first step, on all devices."""
+  """The state before the first step, on all devices, as it is described."""
   init_fn = step.make_state(model, tx, grad_fn, config, mesh)
-  key = jax.random.key(config.seed)
-  shapes = jax.eval_shape(init_fn, key, first_batches)
   # Made where it belongs: a queue for the host may be too large to be made on
   # the device and moved.
-  where = shardings(config, shapes, mesh)
-  return jax.jit(init_fn, out_shardings=where)(key, first_batches)
+  where = jax.tree.map(lambda x: x.sharding, described)
+  return jax.jit(init_fn, out_shardings=where)(
+    jax.random.key(config.seed), first_batches
+  )
 
 
 def make_step(
@@ -265,8 +266,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     SystemExit: with status `hosts.PREEMPTED` after SIGTERM, once the step under
       way is done and saved.
   """
+  # Now, as files may change while the run goes on.
+  software = hosts.software()
   hosts.check_alike(
-    {'workdir': str(workdir), **checkpoint.fields(config), **hosts.software()}
+    {'workdir': str(workdir), **checkpoint.fields(config), **software}
   )
   checks.check_choices(config)
   checks.check_numbers(config)
@@ -307,10 +310,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     grad_fn = methods.make_gradient(model, config, mesh)
     # Of a run that resumes, one state is in memory, not two.
     described = describe_state(config, model, tx, grad_fn, mesh)
-    state = checkpoint.restore(workdir, described, batches)
+    state = checkpoint.restore(workdir, described, batches, software)
     if state is None:
       first = [place(next(batches)) for _ in range(grad_fn.staleness)]
-      state = make_state(config, model, tx, grad_fn, mesh, first)
+      state = make_state(config, model, tx, grad_fn, mesh, first, described)
       del first
     done = int(state.step)
     manager = stack.enter_context(
@@ -361,7 +364,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
           next_batch=lambda: place(next(batches)),
           evaluation=evaluation,
           after_step=after_step,
-          save=lambda state: checkpoint.save(manager, state, batches, config),
+          save=lambda state: checkpoint.save(
+            manager, state, batches, config, software
+          ),
           stop=stop,
           record=record,
           skipped=skipped,

@@ -74,7 +74,15 @@ def start(config, *, devices=1, model=None, tx=None, rate=RATE):
     place(make_batch(100 + i, config.batch_size))
     for i in range(grad_fn.staleness)
   ]
-  state = train.make_state(config, model, tx, grad_fn, mesh, first)
+  state = train.make_state(
+    config,
+    model,
+    tx,
+    grad_fn,
+    mesh,
+    first,
+    train.describe_state(config, model, tx, grad_fn, mesh),
+  )
   take = train.make_step(config, tx, schedule, grad_fn, state, mesh)
   return state, take, place
 

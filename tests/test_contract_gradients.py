@@ -100,8 +100,10 @@ def test_wrapper_in_a_scan_is_a_loop(case):
       (batches, jnp.arange(5)),
     )
 
-  carry, outputs = scan(start(case, grad_fn))
-  expected, last = loop(compiled(grad_fn), start(case, grad_fn), range(5))
+  begin = start(case, grad_fn, branched=True)
+  carry, outputs = scan(begin)
+  chex.assert_tree_all_finite(outputs)
+  expected, last = loop(compiled(grad_fn), begin, range(5))
   chex.assert_trees_all_close(carry, expected, rtol=1e-4, atol=1e-6)
   chex.assert_trees_all_close(
     jax.tree.map(lambda x: x[-1], outputs), last, rtol=1e-4, atol=1e-6
@@ -215,12 +217,11 @@ def test_wrapper_keeps_dtypes_and_structures(case, dtype, branched):
   carry = start(case, grad_fn, dtype, branched)
   params, _, state = carry
   batch = make_batch(0, dtype)
-  new_carry, (loss, aux, grads) = jax.jit(lambda *args: call(grad_fn, *args))(
-    carry, batch, jnp.int32(0)
+  new_carry, (loss, aux, grads) = jax.eval_shape(
+    lambda *args: call(grad_fn, *args), carry, batch, jnp.int32(0)
   )
   chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
   chex.assert_trees_all_equal_shapes_and_dtypes(new_carry, carry)
-  chex.assert_tree_all_finite((loss, grads))
   assert isinstance(grads, conadv.dual_bn.Branched) == branched
   for scalar in (loss, *aux.losses.values()):
     chex.assert_shape(scalar, ())
@@ -231,6 +232,14 @@ def test_wrapper_keeps_dtypes_and_structures(case, dtype, branched):
     assert kept == jax.tree.map(lambda x: x.dtype, batch)
     perturbed = queue.adversarial
     assert perturbed is None or perturbed.dtype == dtype
+
+
+@wrappers
+def test_wrapper_is_finite_in_bfloat16(case):
+  grad_fn = case.make()
+  carry = start(case, grad_fn, jnp.bfloat16, branched=True)
+  step = compiled(grad_fn)
+  chex.assert_tree_all_finite(step(carry, make_batch(0, jnp.bfloat16), 0)[1])
 
 
 def is_matrix(params):

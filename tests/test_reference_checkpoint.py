@@ -22,9 +22,17 @@ from test_reference_train import (
 )
 
 import conadv_optax as conadv
-from reference import checkpoint, input_pipeline, methods, sources, train
+from reference import (
+  checkpoint,
+  hosts,
+  input_pipeline,
+  methods,
+  sources,
+  train,
+)
 
 ROOT = Path(train.__file__).parents[1]
+SOFTWARE = hosts.software()
 # Orbax leaves reads behind that nobody waits for, once one of them has failed.
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
@@ -91,7 +99,15 @@ def make_targets(config):
   tx, _, _ = train.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [place(next(batches))]
-  return train.make_state(config, model, tx, grad_fn, mesh, first), batches
+  return train.make_state(
+    config,
+    model,
+    tx,
+    grad_fn,
+    mesh,
+    first,
+    train.describe_state(config, model, tx, grad_fn, mesh),
+  ), batches
 
 
 @pytest.fixture(scope='module')
@@ -170,7 +186,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, workdir, targets, capsys):
   state, batches = targets
   DAMAGE[damage](workdir / 'checkpoints' / '6')
   before = hashes(workdir / 'checkpoints' / '6')
-  restored = checkpoint.restore(workdir, state, batches)
+  restored = checkpoint.restore(workdir, state, batches, SOFTWARE)
   expected_state, expected_position = saved(workdir, 4)
   assert_equal(
     conadv.dual_bn.main(restored.params), expected_state['params']['main']
@@ -205,7 +221,7 @@ def test_a_run_goes_on_exactly_after_damage(whole, workdir, capsys):
 def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(workdir, targets):
   (workdir / 'damaged_checkpoints' / '6').mkdir(parents=True)
   DAMAGE['no manifest'](workdir / 'checkpoints' / '6')
-  checkpoint.restore(workdir, *targets)
+  checkpoint.restore(workdir, *targets, SOFTWARE)
   kept = workdir / 'damaged_checkpoints'
   assert sorted(path.name for path in kept.iterdir()) == ['6', '6_2']
   assert not any((kept / '6').iterdir())
@@ -227,30 +243,28 @@ def test_nothing_is_moved_where_all_are_damaged(workdir):
   assert '--workdir=' in lines[-1]
 
 
-def test_other_software_is_named(workdir, targets, monkeypatch, capsys):
-  checkpoint.restore(workdir, *targets)
+def test_other_software_is_named(workdir, targets, capsys):
+  checkpoint.restore(workdir, *targets, SOFTWARE)
   assert 'has changed' not in capsys.readouterr().out
-  now = checkpoint.hosts.software() | {'grain': '0.0'}
-  monkeypatch.setattr(checkpoint.hosts, 'software', lambda: now)
-  checkpoint.restore(workdir, *targets)
+  checkpoint.restore(workdir, *targets, SOFTWARE | {'grain': '0.0'})
   version = importlib.metadata.version('grain')
   assert f'has changed: grain {version} -> 0.0. The' in capsys.readouterr().out
 
 
 def test_a_run_that_resumes_holds_one_state(workdir, monkeypatch):
-  def restore(workdir, state, batches, restore=checkpoint.restore):
+  def restore(workdir, state, *arguments, restore=checkpoint.restore):
     leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    return restore(workdir, state, batches)
+    return restore(workdir, state, *arguments)
 
   monkeypatch.setattr(checkpoint, 'restore', restore)
   train.train(tiny(steps=6), workdir)
 
 
 def test_an_empty_folder_holds_nothing_to_restore(tmp_path, targets):
-  assert checkpoint.restore(tmp_path, *targets) is None
+  assert checkpoint.restore(tmp_path, *targets, SOFTWARE) is None
   (tmp_path / 'checkpoints').mkdir()
-  assert checkpoint.restore(tmp_path, *targets) is None
+  assert checkpoint.restore(tmp_path, *targets, SOFTWARE) is None
 
 
 def test_another_number_of_processes_is_refused(workdir, monkeypatch):

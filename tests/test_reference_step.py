@@ -73,7 +73,15 @@ def make_all(config, *, rate=0.5):
   first = [
     place(make_batch(100 + i, images=images)) for i in range(grad_fn.staleness)
   ]
-  state = train.make_state(config, model, tx, grad_fn, mesh, first)
+  state = train.make_state(
+    config,
+    model,
+    tx,
+    grad_fn,
+    mesh,
+    first,
+    train.describe_state(config, model, tx, grad_fn, mesh),
+  )
   take = train.make_step(
     config, tx, optax.constant_schedule(0.5), grad_fn, state, mesh
   )
