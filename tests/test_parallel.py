@@ -22,6 +22,17 @@ KINDS = {
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 
 
+# What an explicit mesh changes does not depend on the kind: two stand for all.
+on_meshes = pytest.mark.parametrize(
+  ('kind', 'axis_type'),
+  [
+    *((kind, AxisType.Auto) for kind in KINDS),
+    ('stale', AxisType.Explicit),
+    ('fraction', AxisType.Explicit),
+  ],
+)
+
+
 def make_mesh(axis_type=AxisType.Auto):
   return jax.make_mesh((DEVICES,), ('data',), axis_types=(axis_type,))
 
@@ -81,8 +92,7 @@ def assert_shardings_equal(first, second):
   )
 
 
-@pytest.mark.parametrize('kind', list(KINDS))
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+@on_meshes
 def test_jit_over_a_sharded_batch_is_the_single_device_run(kind, axis_type):
   batches = make_batches()
   single, _ = run(make_grad_fn(kind), batches)
@@ -123,8 +133,7 @@ def loop_over_shards(grad_fn, batches):
   return (*mean, params)
 
 
-@pytest.mark.parametrize('kind', list(KINDS))
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+@on_meshes
 def test_data_parallel_is_a_loop_over_the_shards(kind, axis_type):
   grad_fn = make_grad_fn(kind)
   parallel = conadv.data_parallel(grad_fn, make_mesh(axis_type))
