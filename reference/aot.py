@@ -332,7 +332,6 @@ def table_row(
     'all-reduced, MB': f'{reduced / 1e6:.0f}',
     's a step': seconds,
     'images/s': rate,
-    'software': _software(),
   }
 
 
@@ -358,7 +357,7 @@ def print_table(path: Path) -> None:
       needs = account(compile_step(config, mesh))
       # Gigabytes for each program.
       jax.clear_caches()
-      row = table_row(config, topology, mesh, needs)
+      row = table_row(config, topology, mesh, needs) | {'software': software}
       is_new = not path.exists()
       with path.open('a', newline='') as file:
         writer = csv.DictWriter(file, list(row))

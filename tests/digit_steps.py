@@ -62,6 +62,14 @@ def make_batch(seed, count=16):
   }
 
 
+def first_state(config, model, tx, grad_fn, mesh, first_batches):
+  """The state of a run that does not resume."""
+  described = train.describe_state(config, model, tx, grad_fn, mesh)
+  return train.make_state(
+    config, model, tx, grad_fn, mesh, first_batches, described
+  )
+
+
 def start(config, *, devices=1, model=None, tx=None, rate=RATE):
   """A state, the compiled step, and the placement of a batch."""
   mesh = make_mesh(devices)
@@ -74,15 +82,7 @@ def start(config, *, devices=1, model=None, tx=None, rate=RATE):
     place(make_batch(100 + i, config.batch_size))
     for i in range(grad_fn.staleness)
   ]
-  state = train.make_state(
-    config,
-    model,
-    tx,
-    grad_fn,
-    mesh,
-    first,
-    train.describe_state(config, model, tx, grad_fn, mesh),
-  )
+  state = first_state(config, model, tx, grad_fn, mesh, first)
   take = train.make_step(config, tx, schedule, grad_fn, state, mesh)
   return state, take, place
 

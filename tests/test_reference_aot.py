@@ -189,16 +189,10 @@ def test_the_described_state_is_that_of_a_run(method):
     }
   )
   first_batches = [batch] * grad_fn.staleness
-  run = train.make_state(
-    config,
-    model,
-    tx,
-    grad_fn,
-    mesh,
-    first_batches,
-    train.describe_state(config, model, tx, grad_fn, mesh),
-  )
   described = train.describe_state(config, model, tx, grad_fn, mesh)
+  run = train.make_state(
+    config, model, tx, grad_fn, mesh, first_batches, described
+  )
   assert jax.tree.structure(described) == jax.tree.structure(run)
   for a, b in zip(
     jax.tree.leaves(described), jax.tree.leaves(run), strict=True

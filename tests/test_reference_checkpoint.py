@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from digit_steps import first_state
 from test_reference_train import (
   assert_equal,
   read_csv,
@@ -99,15 +100,7 @@ def make_targets(config):
   tx, _, _ = train.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [place(next(batches))]
-  return train.make_state(
-    config,
-    model,
-    tx,
-    grad_fn,
-    mesh,
-    first,
-    train.describe_state(config, model, tx, grad_fn, mesh),
-  ), batches
+  return first_state(config, model, tx, grad_fn, mesh, first), batches
 
 
 @pytest.fixture(scope='module')

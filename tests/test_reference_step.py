@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from digit_steps import first_state
 
 import conadv_optax as conadv
 from reference import evaluate, input_pipeline, methods, sources, train
@@ -73,15 +74,7 @@ def make_all(config, *, rate=0.5):
   first = [
     place(make_batch(100 + i, images=images)) for i in range(grad_fn.staleness)
   ]
-  state = train.make_state(
-    config,
-    model,
-    tx,
-    grad_fn,
-    mesh,
-    first,
-    train.describe_state(config, model, tx, grad_fn, mesh),
-  )
+  state = first_state(config, model, tx, grad_fn, mesh, first)
   take = train.make_step(
     config, tx, optax.constant_schedule(0.5), grad_fn, state, mesh
   )

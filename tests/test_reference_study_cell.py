@@ -8,6 +8,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from digit_steps import first_state
 from small_study import make_config, use_one_device
 
 from reference import methods, sources, study_cell, train
@@ -34,15 +35,7 @@ def test_the_steps_are_those_of_the_main_job(one_device):
   tx, schedule, _ = train.make_optimizer(config, images=len(labels))
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [next(batches) for _ in range(grad_fn.staleness)]
-  state = train.make_state(
-    config,
-    model,
-    tx,
-    grad_fn,
-    mesh,
-    first,
-    train.describe_state(config, model, tx, grad_fn, mesh),
-  )
+  state = first_state(config, model, tx, grad_fn, mesh, first)
   train_step = train.make_step(config, tx, schedule, grad_fn, state, mesh)
   expected = []
   for batch in batches:
