@@ -1,40 +1,21 @@
 """Concurrent Adversarial Learning for large-batch training in JAX."""
 
 from conadv_optax import dual_bn, hessian
-from conadv_optax._absa import AbsaState, BatchController, absa
-from conadv_optax._accumulate import accumulate
-from conadv_optax._adaptive_multi_steps import (
-  AdaptiveMultiStepsState,
-  adaptive_multi_steps,
+from conadv_optax.attacks.normalized import Normalized, normalized
+from conadv_optax.attacks.pgd import fast_fgsm, fgsm, pgd
+from conadv_optax.attacks.targets import random_targets
+from conadv_optax.controllers.absa import AbsaState, BatchController, absa
+from conadv_optax.controllers.noise_scale import (
+  NoiseScale,
+  NoiseScaleState,
+  noise_scale,
 )
-from conadv_optax._attacks import (
-  Normalized,
-  fast_fgsm,
-  fgsm,
-  normalized,
-  pgd,
-  random_targets,
-)
-from conadv_optax._batch_augment import batch_augment
-from conadv_optax._concurrent import concurrent
-from conadv_optax._extrapolate import ExtrapolateState, extrapolate
-from conadv_optax._fast_advprop import fast_advprop
-from conadv_optax._lars import LarsState, lars
-from conadv_optax._masks import exclude_norm_and_bias
-from conadv_optax._noise_scale import NoiseScale, NoiseScaleState, noise_scale
-from conadv_optax._overfitting_guard import (
+from conadv_optax.controllers.overfitting_guard import (
   OverfittingGuard,
   OverfittingGuardState,
   overfitting_guard,
 )
-from conadv_optax._parallel import data_parallel
-from conadv_optax._perturb import perturb
-from conadv_optax._plain import plain
-from conadv_optax._sam import SamState, sam
-from conadv_optax._schedules import legw, polynomial_warmup, scale_learning_rate
-from conadv_optax._sharpness import Sharpness, sharpness
-from conadv_optax._staleness import StalenessReport, staleness_report
-from conadv_optax._types import (
+from conadv_optax.core.types import (
   Attack,
   ConAdvAux,
   ConAdvState,
@@ -43,8 +24,30 @@ from conadv_optax._types import (
   PerGroup,
   Queue,
 )
-from conadv_optax._vrgd import scale_by_gsnr
-from conadv_optax._wrap import wrap
+from conadv_optax.curvature.sharpness import Sharpness, sharpness
+from conadv_optax.devices.accumulate import accumulate
+from conadv_optax.devices.concurrent import concurrent
+from conadv_optax.devices.data_parallel import data_parallel
+from conadv_optax.methods.batch_augment import batch_augment
+from conadv_optax.methods.extrapolate import ExtrapolateState, extrapolate
+from conadv_optax.methods.fast_advprop import fast_advprop
+from conadv_optax.methods.sam import SamState, sam
+from conadv_optax.optimizers.adaptive_multi_steps import (
+  AdaptiveMultiStepsState,
+  adaptive_multi_steps,
+)
+from conadv_optax.optimizers.gsnr import scale_by_gsnr
+from conadv_optax.optimizers.lars import LarsState, lars
+from conadv_optax.optimizers.masks import exclude_norm_and_bias
+from conadv_optax.optimizers.schedules import (
+  legw,
+  polynomial_warmup,
+  scale_learning_rate,
+)
+from conadv_optax.training.perturb import perturb
+from conadv_optax.training.plain import plain
+from conadv_optax.training.staleness import StalenessReport, staleness_report
+from conadv_optax.training.wrap import wrap
 
 __version__ = '0.1.0'
 

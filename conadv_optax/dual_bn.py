@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conadv_optax._norm_layers import is_norm_parameter
-from conadv_optax._paths import path_names
+from conadv_optax.core.norm_layers import is_norm_parameter
+from conadv_optax.core.paths import path_names
 
 __all__ = ['Branched', 'main', 'replace', 'select', 'split']
 

@@ -20,8 +20,8 @@ References:
   <https://arxiv.org/abs/1912.07145>`_, 2020
 """
 
-from conadv_optax._hessian_operators import Operator, input_operator, operator
-from conadv_optax._spectrum import (
+from conadv_optax.curvature.operators import Operator, input_operator, operator
+from conadv_optax.curvature.spectrum import (
   Eigenpairs,
   Spectrum,
   Trace,

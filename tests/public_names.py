@@ -17,8 +17,8 @@ import pytest
 from jax.sharding import AxisType
 
 import conadv_optax as conadv
-from conadv_optax._attacks import Targets
-from conadv_optax._batch_augment import BatchAugmentation
+from conadv_optax.attacks.targets import Targets
+from conadv_optax.methods.batch_augment import BatchAugmentation
 
 
 def plain_loss(params, batch):

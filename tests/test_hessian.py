@@ -21,7 +21,7 @@ from small_net import (
 )
 
 from conadv_optax import hessian
-from conadv_optax._lanczos import lanczos, ritz
+from conadv_optax.curvature.lanczos import lanczos, ritz
 
 KEY = jax.random.key(0)
 

@@ -1,0 +1,314 @@
+r"""Attacks: how one leaf of the batch is perturbed.
+
+An attack climbs the loss inside a ball around the clean input,
+
+  \hat x \leftarrow \Pi\left(\hat x + \alpha\, d(\nabla_x L(\hat x))\right),
+
+with :math:`d` the sign (L-infinity) or the unit vector (L2) of the gradient
+and :math:`\Pi` the projection to the ball and to the bounds of the input.
+All of it is computed in float32 whatever the dtype of the input.
+
+References:
+  Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+  <https://arxiv.org/abs/1706.06083>`_, 2018
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from conadv_optax.attacks.balls import BALLS, Norm, round_towards
+from conadv_optax.attacks.targets import Targets
+from conadv_optax.core.numeric import (
+  at_least_float32,
+  check_not_negative,
+  concrete,
+  describe,
+)
+from conadv_optax.core.types import Attack
+
+
+def pgd(
+  epsilon: ArrayLike,
+  *,
+  step_size: ArrayLike | None = None,
+  steps: int = 1,
+  norm: Norm = 'linf',
+  random_start: bool = True,
+  start_from_clean: ArrayLike = 0.0,
+  bounds: tuple[ArrayLike, ArrayLike] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""Projected gradient descent on the negative loss.
+
+  .. math::
+
+    \hat x_0 = x + u, \qquad
+    \hat x_{i+1} = \Pi\left(\hat x_i + \alpha\, d(\nabla_x L(\hat x_i))\right)
+
+  where :math:`u` is uniform in the ball, :math:`d(g)` is
+  :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of each example
+  for 'l2', and :math:`\Pi` projects to the ball of radius `epsilon` around
+  :math:`x` and to `bounds`. With `targets` the step descends towards the
+  target in place of climbing away from the label. An example whose gradient is
+  zero takes no step.
+
+  An untargeted one-step attack on the very batch that is trained on leaks the
+  label through batch statistics (Mei et al., Fast AdvProp); `random_targets`
+  avoids it.
+
+  Args:
+    epsilon: radius of the ball, in the units of the input. A float, or an array
+      that broadcasts to the input, one value a channel say. An array with
+      'l2' scales the axes of the ball: :math:`\|(\hat x - x)/\epsilon\|_2 \le
+      1`. May be traced.
+    step_size: the step :math:`\alpha`, like `epsilon`. None: `epsilon` for one
+      step, `2.5 * epsilon / steps` for more.
+    steps: number of steps, at least 1.
+    norm: 'linf' or 'l2'. L2 is over all axes of an example but the first.
+    random_start: start at a uniform point of the ball.
+    start_from_clean: with a random start, the probability of starting at the
+      clean input all the same, one coin for the batch.
+    bounds: `(low, high)` of a valid input, each like `epsilon`; the result
+      never leaves them.
+    targets: `targets(key, batch)` returns the batch with target labels.
+
+  Returns:
+    An `Attack`. Its result has the shape and dtype of the input, which must be
+    floating. Where the input's dtype is short, rounding goes towards the clean
+    input, so that the ball holds; an `epsilon` below its resolution vanishes.
+
+  Raises:
+    ValueError: for a negative radius or step, `bounds` that are no pair or have
+      low above high, fewer than one step, an unknown norm, a probability
+      outside [0, 1], or an array that does not broadcast to the input.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> attack = conadv.pgd(0.1, steps=3, bounds=(0., 1.))
+    >>> x = jnp.array([[0.5, 0.95]])
+    >>> climb = jax.grad(lambda x: jnp.sum(x ** 2))
+    >>> chex.assert_trees_all_close(
+    ...     attack.craft(jax.random.key(0), climb, x), jnp.array([[0.6, 1.]]))
+
+  References:
+    Madry et al., `Towards Deep Learning Models Resistant to Adversarial
+    Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
+  """
+  if norm not in BALLS:
+    raise ValueError(f"`norm` must be 'linf' or 'l2'. Given norm={norm!r}.")
+  if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    raise ValueError(
+      f'`steps` must be an int of at least 1. Given steps={steps!r}. For no '
+      'attack at all, do not wrap the loss, or give the adversarial branch '
+      'weight 0.'
+    )
+  check_not_negative('epsilon', epsilon)
+  size_comes_from = 'epsilon' if step_size is None else 'step_size'
+  if step_size is None:
+    step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
+  check_not_negative('step_size', step_size)
+  _check_probability(start_from_clean)
+  _check_bounds(bounds)
+  sign = 1.0 if targets is None else -1.0
+  ball = BALLS[norm]
+
+  def project(perturbed: jax.Array, inputs: jax.Array) -> jax.Array:
+    radius = _broadcast('epsilon', epsilon, inputs)
+    perturbed = ball.project(perturbed, inputs, radius)
+    if bounds is None:
+      return perturbed
+    low = _broadcast('bounds[0]', bounds[0], inputs)
+    high = _broadcast('bounds[1]', bounds[1], inputs)
+    return jnp.clip(perturbed, low, high)
+
+  def step(
+    gradient: jax.Array, perturbed: jax.Array, inputs: jax.Array
+  ) -> jax.Array:
+    size = _broadcast(size_comes_from, step_size, inputs)
+    return project(perturbed + sign * ball.step(gradient, size), inputs)
+
+  def start(key: jax.Array | None, inputs: jax.Array) -> jax.Array:
+    assert key is not None  # `wrap` and its siblings have seen to it.
+    coin_key, noise_key = jax.random.split(key)
+    radius = _broadcast('epsilon', epsilon, inputs)
+    noise = radius * ball.draw(noise_key, inputs)
+    from_clean = jax.random.bernoulli(coin_key, start_from_clean)
+    return project(inputs + jnp.where(from_clean, 0.0, noise), inputs)
+
+  def one_step(
+    key: jax.Array | None, inputs: jax.Array
+  ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    clean = at_least_float32(inputs)
+    begin = start(key, clean) if random_start else clean
+    return begin, lambda gradient: round_towards(
+      step(gradient, begin, clean), clean, inputs.dtype
+    )
+
+  def craft(
+    key: jax.Array | None,
+    gradient_fn: Callable[[jax.Array], jax.Array],
+    inputs: jax.Array,
+  ) -> jax.Array:
+    # Not a loop of one: XLA unrolls that after it has chosen how to run the
+    # convolutions, and the whole ConAdv step took 1.4 times as long on a CPU.
+    if steps == 1:
+      begin, finish = one_step(key, inputs)
+      return finish(gradient_fn(begin))
+    clean = at_least_float32(inputs)
+    perturbed = start(key, clean) if random_start else clean
+
+    def advance(_: Any, perturbed: jax.Array) -> jax.Array:
+      return step(gradient_fn(perturbed), perturbed, clean)
+
+    perturbed = jax.lax.fori_loop(0, steps, advance, perturbed)
+    return round_towards(perturbed, clean, inputs.dtype)
+
+  def reuse(gradient: jax.Array, inputs: jax.Array) -> jax.Array:
+    _, finish = one_step(None, inputs)
+    return finish(gradient)
+
+  one_gradient_is_enough = steps == 1 and not random_start and targets is None
+  return Attack(
+    craft=craft,
+    prepare=targets,
+    reuse=reuse if one_gradient_is_enough else None,
+    draws=random_start or targets is not None,
+    one_step=one_step if steps == 1 else None,
+  )
+
+
+def fgsm(
+  epsilon: ArrayLike,
+  *,
+  norm: Norm = 'linf',
+  bounds: tuple[ArrayLike, ArrayLike] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""Fast gradient sign method: one full step from the clean input.
+
+  .. math::
+
+    \hat x = \Pi\left(x + \epsilon\, d(\nabla_x L(x))\right)
+
+  The attack for `reuse_gradient=True`, which needs one step from the clean
+  input, without targets.
+
+  Args:
+    epsilon: radius of the ball and size of the step, as in `pgd`.
+    norm: 'linf' or 'l2'.
+    bounds: `(low, high)` of a valid input, as in `pgd`.
+    targets: as in `pgd`.
+
+  Returns:
+    An `Attack`, as `pgd` does.
+
+  Raises:
+    ValueError: as `pgd` does.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> x = jnp.array([[0.5, -0.5]])
+    >>> climb = jax.grad(lambda x: jnp.sum(x ** 2))
+    >>> chex.assert_trees_all_close(
+    ...     conadv.fgsm(0.1).craft(None, climb, x), jnp.array([[0.6, -0.6]]))
+
+  References:
+    Goodfellow et al., `Explaining and Harnessing Adversarial Examples
+    <https://arxiv.org/abs/1412.6572>`_, 2015
+  """
+  return pgd(
+    epsilon, norm=norm, random_start=False, bounds=bounds, targets=targets
+  )
+
+
+def fast_fgsm(
+  epsilon: ArrayLike,
+  *,
+  step_size: ArrayLike | None = None,
+  bounds: tuple[ArrayLike, ArrayLike] | None = None,
+  targets: Targets | None = None,
+) -> Attack:
+  r"""FGSM from a uniform point of the ball, with a step beyond its radius.
+
+  .. math::
+
+    \hat x = \Pi\left(x + u + 1.25\,\epsilon\,
+      \mathrm{sign}(\nabla_x L(x + u))\right),
+    \qquad u \sim U(-\epsilon, \epsilon)
+
+  Training on its examples alone can lose robustness within an epoch;
+  `overfitting_guard` notices.
+
+  Args:
+    epsilon: radius of the L-infinity ball, as in `pgd`.
+    step_size: the step; None is `1.25 * epsilon`.
+    bounds: `(low, high)` of a valid input, as in `pgd`.
+    targets: as in `pgd`.
+
+  Returns:
+    An `Attack`, as `pgd` does.
+
+  Raises:
+    ValueError: as `pgd` does.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> x = jnp.zeros((4, 3))
+    >>> climb = jax.grad(lambda x: jnp.sum(x))
+    >>> x_adv = conadv.fast_fgsm(0.1).craft(jax.random.key(0), climb, x)
+    >>> chex.assert_scalar_in(float(jnp.min(x_adv)), 0.025, 0.1)
+
+  References:
+    Wong et al., `Fast is better than free: Revisiting adversarial training
+    <https://arxiv.org/abs/2001.03994>`_, 2020
+  """
+  if step_size is None:
+    check_not_negative('epsilon', epsilon)
+    step_size = 1.25 * epsilon
+  return pgd(epsilon, step_size=step_size, bounds=bounds, targets=targets)
+
+
+def _check_probability(start_from_clean: ArrayLike) -> None:
+  number = concrete(start_from_clean)
+  if number is not None and not 0 <= number <= 1:
+    raise ValueError(
+      '`start_from_clean` is a probability in [0, 1]. Given '
+      f'start_from_clean={number.tolist()}.'
+    )
+
+
+def _check_bounds(bounds: tuple[ArrayLike, ArrayLike] | None) -> None:
+  if bounds is None:
+    return
+  if not hasattr(bounds, '__len__') or len(bounds) != 2:
+    raise ValueError(
+      f'`bounds` is a pair, (low, high). Given {describe(bounds)}. Write '
+      '`bounds=(0., 1.)`; each may be an array, one value a channel say.'
+    )
+  low, high = concrete(bounds[0]), concrete(bounds[1])
+  if low is not None and high is not None and not np.all(low <= high):
+    raise ValueError(
+      '`bounds` is (low, high), with low nowhere above high. Given '
+      f'bounds=({low.tolist()}, {high.tolist()}). Likely they are swapped: '
+      '`bounds=(0., 1.)`.'
+    )
+
+
+def _broadcast(name: str, value: Any, inputs: jax.Array) -> jax.Array:
+  value = jnp.asarray(value, inputs.dtype)
+  try:
+    return jnp.broadcast_to(value, inputs.shape)
+  except ValueError as error:
+    raise ValueError(
+      f'`{name}` must broadcast to the input. Given {describe(value)} for an '
+      f'input of {describe(inputs)}. One value a channel has the shape '
+      f'({inputs.shape[-1] if inputs.ndim else ""},), channels last.'
+    ) from error

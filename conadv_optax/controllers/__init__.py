@@ -1,0 +1,1 @@
+"""What a run watches, and what it decides by that."""

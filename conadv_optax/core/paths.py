@@ -1,0 +1,88 @@
+"""Names of leaves, and reading or writing one of them.
+
+A leaf is named by the keys that lead to it, whatever the container: dicts,
+tuples, NamedTuples, dataclasses and every other registered pytree alike.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from conadv_optax.core.types import Batch
+
+LeafSpec = Any
+"""A key, a tuple of keys, or a `(get, set)` pair of functions."""
+
+
+class Leaf(NamedTuple):
+  """Reads and writes one leaf of a batch."""
+
+  get: Callable[[Batch], jax.Array]
+  set: Callable[[Batch, jax.Array], Batch]
+
+
+def key_name(entry: Any) -> Any:
+  """The plain key of an entry of a `jax.tree_util` key path."""
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(entry, attribute):
+      return getattr(entry, attribute)
+  return str(entry)
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[Any, ...]:
+  """The plain keys of a `jax.tree_util` key path."""
+  return tuple(key_name(entry) for entry in path)
+
+
+def _spell(names: tuple[Any, ...]) -> str:
+  return repr(names[0]) if len(names) == 1 else repr(names)
+
+
+def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
+  """Turns a key, a tuple of keys or a `(get, set)` pair into a `Leaf`.
+
+  Args:
+    spec: what the user passed.
+    argument: the name of the user's argument, for the error message.
+
+  Returns:
+    A `Leaf` whose functions raise `KeyError` when the batch has no such leaf.
+  """
+  is_pair = isinstance(spec, tuple) and any(callable(part) for part in spec)
+  if is_pair:
+    if len(spec) != 2 or not all(callable(part) for part in spec):
+      raise TypeError(
+        f'`{argument}` must be a key, a tuple of keys, or a (get, set) pair of '
+        f'functions. Given {spec!r}. A pair looks like '
+        f'`{argument}=(lambda b: b.x, lambda b, x: b.replace(x=x))`.'
+      )
+    return Leaf(*spec)
+  wanted = spec if isinstance(spec, tuple) else (spec,)
+
+  def find(batch: Batch) -> tuple[list[Any], Any, int]:
+    flat, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    names = [path_names(path) for path, _ in flat]
+    if wanted not in names:
+      spelled = [_spell(name) for name in names]
+      near = difflib.get_close_matches(_spell(wanted), spelled, n=1, cutoff=0.5)
+      hint = near or spelled[:1]
+      fix = f' Did you mean `{argument}={hint[0]}`?' if hint else ''
+      raise KeyError(
+        f'`{argument}` must name one leaf of the batch. Given '
+        f'{_spell(wanted) if wanted else wanted}, but the leaves of the batch '
+        f'are {", ".join(spelled) or "none"}.{fix}'
+      )
+    return [value for _, value in flat], treedef, names.index(wanted)
+
+  def get(batch: Batch) -> jax.Array:
+    leaves, _, index = find(batch)
+    return leaves[index]
+
+  def set_(batch: Batch, value: jax.Array) -> Batch:
+    leaves, treedef, index = find(batch)
+    leaves[index] = value
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+  return Leaf(get, set_)

@@ -1,0 +1,1 @@
+"""Groups of examples with batch statistics of their own."""

@@ -1,0 +1,1 @@
+"""Other large-batch methods, each by itself or around `wrap`."""

@@ -1,0 +1,117 @@
+r"""Several augmented copies of every example in one batch.
+
+References:
+  Hoffer et al., `Augment your batch: better training with larger batches
+  <https://arxiv.org/abs/1901.09335>`_, 2019
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from conadv_optax.core.numeric import check_count, describe
+from conadv_optax.core.paths import path_names
+from conadv_optax.core.types import Batch
+
+
+class BatchAugmentation(Protocol):
+  """From a batch to one of augmented copies."""
+
+  def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+    """The augmented batch."""
+
+
+def batch_augment(
+  augment_fn: Callable[[jax.Array, Any], Any], copies: int
+) -> BatchAugmentation:
+  r"""Batch augmentation: a batch of several augmented copies of each example.
+
+  .. math::
+
+    g = \frac{1}{M B} \sum_{i=1}^{M} \sum_{n=1}^{B}
+      \nabla_\theta L(\theta; T_i(x_n), y_n)
+
+  is the gradient on the batch that is returned, of :math:`M` = `copies` copies
+  of :math:`B` examples, each example of each copy augmented with a key of its
+  own. Rate and steps per epoch stay those of the batch of :math:`B`.
+
+  The copies lie one after another: copy :math:`i` of example :math:`n` has the
+  index :math:`i B + n`. Whatever takes the batch apart cuts it in this order,
+  so where the size of a BatchNorm group divides :math:`B`, a group holds
+  examples of one copy, none twice; a group of all :math:`M B` holds every copy.
+
+  - `conadv.accumulate(grad_fn, copies)` runs one copy after another, with the
+    memory of one: each copy is a group.
+  - `conadv.data_parallel(grad_fn, mesh)` gives each device its share; the
+    number of devices must divide :math:`M B`.
+  - `conadv.data_parallel(conadv.accumulate(grad_fn, copies), mesh)` is both,
+    with groups of :math:`B` over the number of devices.
+
+  Inside `jit`, a batch that is spread over devices already has its examples
+  sent to others, since a copy is spread over part of them; on a mesh with
+  explicit axes, augment before it is spread.
+
+  Args:
+    augment_fn: `augment_fn(key, example)` returns the augmented example: a
+      pytree of leaves without the batch axis, labels among them.
+    copies: :math:`M`, static.
+
+  Returns:
+    A function `(key, batch) -> batch`, whose leaves have a leading axis of
+    `copies` times the batch.
+
+  Raises:
+    TypeError: for an `augment_fn` that is no function.
+    ValueError: for `copies` that are not an int of at least 1, or when it is
+      called on leaves that do not share a leading axis.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> def shift(key, example):
+    ...   return example + jax.random.uniform(key, minval=-0.1, maxval=0.1)
+    >>> augment = conadv.batch_augment(shift, 3)
+    >>> batch = augment(jax.random.key(0), jnp.array([1., 2.]))
+    >>> chex.assert_trees_all_equal(
+    ...     jnp.round(batch), jnp.array([1., 2., 1., 2., 1., 2.]))
+    >>> assert len(set(batch.tolist())) == 6
+
+  References:
+    Hoffer et al., `Augment your batch: better training with larger batches
+    <https://arxiv.org/abs/1901.09335>`_, 2019
+  """
+  if not callable(augment_fn):
+    raise TypeError(
+      '`augment_fn` is a function `augment_fn(key, example)`. Given '
+      f'{describe(augment_fn)}.'
+    )
+  check_count('copies', copies)
+
+  def augment(key: jax.Array, batch: Batch) -> Batch:
+    batch = jax.tree.map(jnp.asarray, batch)
+    keys = jax.random.split(key, (copies, _batch_size(batch)))
+    one_copy = jax.vmap(augment_fn)
+    # A new axis and a reshape: a batch that is spread over devices is not to be
+    # concatenated along the axis that it is spread over.
+    augmented = jax.vmap(one_copy, in_axes=(0, None))(keys, batch)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), augmented)
+
+  return augment
+
+
+def _batch_size(batch: Batch) -> int:
+  """The length of the leading axis, which all leaves share."""
+  leaves = jax.tree_util.tree_leaves_with_path(batch)
+  sizes = {x.shape[0] if x.shape else 0 for _, x in leaves}
+  if len(sizes) != 1 or 0 in sizes:
+    given = {
+      '/'.join(map(str, path_names(path))): describe(x) for path, x in leaves
+    }
+    raise ValueError(
+      'Every leaf of a batch needs the same leading axis, the examples, at '
+      f'least one. Given {given}. What belongs to no example goes into '
+      '`augment_fn`: `functools.partial(augment, mean=mean)`.'
+    )
+  return int(sizes.pop())

@@ -1,0 +1,196 @@
+r"""Local extragradient: the gradient is taken ahead, the step from here.
+
+References:
+  Lin et al., `Extrapolation for Large-batch Training in Deep Learning
+  <https://arxiv.org/abs/2006.05720>`_, 2020
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from conadv_optax.core import checks
+from conadv_optax.core.numeric import check_not_negative, tree_at_least_float32
+from conadv_optax.core.types import (
+  Batch,
+  ConAdvAux,
+  GradientFunction,
+  LossFn,
+  PerGroup,
+)
+from conadv_optax.training.plain import as_gradient_function
+
+
+class ExtrapolateState(NamedTuple):
+  """State of `extrapolate`.
+
+  Attributes:
+    inner: the state of the gradient function inside.
+    past: a `PerGroup` of the gradient of the step before, like the parameters;
+      `()` unless that is the direction.
+    extrapolation: a `PerGroup` of the state of the Optax transformation.
+  """
+
+  inner: Any
+  past: Any
+  extrapolation: PerGroup
+
+
+def extrapolate(
+  grad_fn: GradientFunction | LossFn,
+  extrapolation: optax.ScalarOrSchedule | optax.GradientTransformation,
+  *,
+  direction: Literal['past', 'current', 'noise'] = 'past',
+  has_state: bool = False,
+  has_aux: bool = False,
+  has_key: bool = False,
+) -> GradientFunction:
+  r"""Extrapolated SGD: each group takes its gradient some way ahead.
+
+  With a rate :math:`\hat\gamma`,
+
+  .. math::
+
+    g_t = \nabla L(w_t - \hat\gamma d_t), \qquad w_{t+1} = w_t - \gamma g_t
+
+  where the second half is the optimizer's, which knows of the first no more
+  than its gradient. Each group, a device of `data_parallel` or a micro-batch of
+  `accumulate`, goes ahead in a direction :math:`d_t` of its own:
+
+  - 'past': its gradient :math:`g_{t-1}`, 0 at first. One gradient a step.
+  - 'current': its gradient at :math:`w_t` on the same batch with the same key.
+    Two gradients a step: extragradient.
+  - 'noise': standard normal, so that :math:`\hat\gamma` is its deviation.
+
+  With an Optax transformation :math:`U` in place of the rate, the group goes
+  where its next step would lead if the gradient were :math:`d_t`:
+
+  .. math::
+
+    g_t = \nabla L(w_t + U(d_t; s_t)), \qquad s_{t+1} = U'(g_t; s_t)
+
+  where the state :math:`s_t` has seen the group's own gradients. The momentum
+  form is `optax.sgd(rate, momentum)`, the Adam form `optax.adam(rate)`; a rate
+  alone is `optax.sgd(rate)`. The formulas with a state are this library's.
+
+  The optimizer's own momentum :math:`v_t`, the same for all groups, enters
+  where the gradient is asked for: pass :math:`w_t + \mu v_t` to
+  `value_and_grad`, :math:`w_t` to the optimizer, and the gradient is taken at
+  :math:`w_t + \mu v_t - \hat\gamma d_t`.
+
+  Without groups, 'past' with a rate needs no gradient function:
+  `optax.optimistic_gradient_descent(rate, alpha=1., beta=ahead / rate)` makes
+  the same steps (but for the first), of which its parameters are the points
+  ahead.
+
+  Loss, aux, batch statistics and the state inside are those of the pass ahead.
+
+  Args:
+    grad_fn: what `conadv.wrap` returned, say, or a loss function as for
+      `plain`.
+    extrapolation: the rate :math:`\hat\gamma`, a float, a scalar array or a
+      schedule; or an Optax transformation :math:`U`, which gets directions and
+      parameters in float32.
+    direction: 'past', 'current' or 'noise'.
+    has_state: of a loss function, as for `plain`.
+    has_aux: of a loss function, as for `plain`.
+    has_key: of a loss function, as for `plain`.
+
+  Returns:
+    A `GradientFunction` with the staleness of `grad_fn`.
+
+  Raises:
+    TypeError: for a `grad_fn` that is no function.
+    ValueError: for an unknown direction, a negative rate, noise without a key,
+      or `has_state`, `has_aux` or `has_key` of what is not a loss function.
+
+  Examples:
+    >>> import chex, jax, jax.numpy as jnp
+    >>> import conadv_optax as conadv
+    >>> grad_fn = conadv.extrapolate(
+    ...     lambda w, batch: jnp.mean(batch * w ** 2), 0.1)
+    >>> w, batch = jnp.array(1.), jnp.ones(4)
+    >>> state = grad_fn.init(w, [])
+    >>> _, first, state = grad_fn.value_and_grad(w, state, batch)
+    >>> _, second, state = grad_fn.value_and_grad(w, state, batch)
+    >>> chex.assert_trees_all_close(
+    ...     (first, second), (2., 2. * (1. - 0.1 * 2.)))
+
+  References:
+    Lin et al., `Extrapolation for Large-batch Training in Deep Learning
+    <https://arxiv.org/abs/2006.05720>`_, 2020
+  """
+  grad_fn = as_gradient_function(
+    grad_fn, has_state=has_state, has_aux=has_aux, has_key=has_key
+  )
+  if direction not in ('past', 'current', 'noise'):
+    raise ValueError(
+      "`direction` must be 'past', 'current' or 'noise'. Given "
+      f'direction={direction!r}.'
+    )
+  if isinstance(extrapolation, optax.GradientTransformation):
+    tx = extrapolation
+  else:
+    if not callable(extrapolation):
+      check_not_negative('extrapolation', extrapolation)
+    tx = optax.sgd(extrapolation)
+
+  def init(
+    params: Any,
+    first_batches: Sequence[Batch],
+    *,
+    model_state: Any = None,
+    key: jax.Array | None = None,
+  ) -> Any:
+    inner = grad_fn.init(
+      params, first_batches, model_state=model_state, key=key
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return ExtrapolateState(
+      inner,
+      PerGroup(zeros) if direction == 'past' else (),
+      PerGroup(tx.init(tree_at_least_float32(params))),
+    )
+
+  def value_and_grad(
+    params: Any,
+    state: ExtrapolateState,
+    batch: Batch,
+    *,
+    model_state: Any = None,
+    key: jax.Array | None = None,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
+    if direction == 'noise':
+      checks.check_key(True, key)
+      assert key is not None  # `check_key` has seen to it.
+      noise_key, key = jax.random.split(key)
+
+    def call(at: Any) -> Any:
+      return grad_fn.value_and_grad(
+        at, state.inner, batch, model_state=model_state, key=key
+      )
+
+    here = tree_at_least_float32(params)
+    if direction == 'past':
+      towards = tree_at_least_float32(state.past.value)
+    elif direction == 'current':
+      towards = tree_at_least_float32(call(params)[1])
+    else:
+      towards = optax.tree.random_like(noise_key, here)
+    own = state.extrapolation.value
+    updates, _ = tx.update(towards, own, here)
+    ahead = jax.tree.map(
+      lambda w, x, u: (x + u).astype(w.dtype), params, here, updates
+    )
+    output, grads, inner = call(ahead)
+    _, own = tx.update(tree_at_least_float32(grads), own, here)
+    past: Any = ()
+    if direction == 'past':
+      # Copies, because a donated buffer must not be passed twice.
+      past = PerGroup(jax.tree.map(jnp.copy, grads))
+    return output, grads, ExtrapolateState(inner, past, PerGroup(own))
+
+  return GradientFunction(init, value_and_grad, grad_fn.staleness)

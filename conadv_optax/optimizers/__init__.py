@@ -1,0 +1,1 @@
+"""LARS and its kin, masks and schedules."""

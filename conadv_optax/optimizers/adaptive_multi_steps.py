@@ -1,0 +1,165 @@
+"""One optimizer step for several gradients, their number an argument."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from conadv_optax.core.numeric import at_least_float32, concrete, describe
+
+
+class AdaptiveMultiStepsState(NamedTuple):
+  """State of `adaptive_multi_steps`.
+
+  Attributes:
+    index: int32 scalar, the micro-batch of its step that comes next, from 0.
+    micro_batches: int32 scalar, the micro-batches of the step under way.
+    learning_rate_scale: float32 scalar, the scale of the step under way.
+    gradients: the sum so far, at least float32, like the parameters in shape.
+    inner: the optimizer's own state.
+  """
+
+  index: Any
+  micro_batches: jax.Array
+  learning_rate_scale: jax.Array
+  gradients: optax.Updates
+  inner: optax.OptState
+
+
+def adaptive_multi_steps(
+  optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Steps once for :math:`m` gradients, where :math:`m` may change on the way.
+
+  .. math::
+
+    u = c \cdot \mathrm{update}\left(\frac1m \sum_{i=1}^{m} g_i\right)
+
+  after every :math:`m` calls, and zero updates in between. It is
+  `optax.MultiSteps` with the number of calls as an argument, an array, so that
+  nothing is compiled anew when a controller changes it. :math:`m` and :math:`c`
+  are read at the first micro-batch of a step and hold until its last: a change
+  in between, at the end of an epoch say, waits for the next step, and no
+  gradient is lost nor counted in two batches.
+
+  Args:
+    optimizer: any Optax optimizer.
+
+  Returns:
+    A gradient transformation whose `update` also takes `micro_batches`,
+    :math:`m`, an integer scalar of at least 1, and `learning_rate_scale`,
+    :math:`c`, a float scalar; both are 1 if left out, which is the optimizer
+    itself. The scale stands outside any momentum of the optimizer. Other
+    arguments go to the optimizer at the steps.
+
+  Raises:
+    ValueError: in `update`, for `micro_batches` that is no integer scalar, or
+      is below 1. (Where it is traced, less than 1 is taken for 1.)
+
+  Examples:
+    >>> import chex, jax.numpy as jnp, optax
+    >>> import conadv_optax as conadv
+    >>> tx = conadv.adaptive_multi_steps(optax.sgd(0.1))
+    >>> params = jnp.array(1.)
+    >>> state = tx.init(params)
+    >>> first, state = tx.update(
+    ...     jnp.array(1.), state, params, micro_batches=2)
+    >>> # 4 comes too late for the step under way.
+    >>> second, state = tx.update(
+    ...     jnp.array(3.), state, params, micro_batches=4)
+    >>> chex.assert_trees_all_close((first, second), (0., -0.1 * 2.))
+
+  References:
+    Yao et al., `Large batch size training of neural networks with adversarial
+    training and second-order information <https://arxiv.org/abs/1810.01021>`_,
+    2018
+  """
+  inner = optax.with_extra_args_support(optimizer)
+
+  def init_fn(params: optax.Params) -> AdaptiveMultiStepsState:
+    return AdaptiveMultiStepsState(
+      index=jnp.zeros([], jnp.int32),
+      micro_batches=jnp.ones([], jnp.int32),
+      learning_rate_scale=jnp.ones([], jnp.float32),
+      gradients=jax.tree.map(
+        lambda p: at_least_float32(jnp.zeros_like(p)), params
+      ),
+      inner=inner.init(params),
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: AdaptiveMultiStepsState,
+    params: optax.Params | None = None,
+    *,
+    micro_batches: ArrayLike = 1,
+    learning_rate_scale: ArrayLike = 1.0,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, AdaptiveMultiStepsState]:
+    _check_micro_batches(micro_batches)
+    begins = state.index == 0
+    count = jnp.where(
+      begins,
+      jnp.maximum(jnp.asarray(micro_batches, jnp.int32), 1),
+      state.micro_batches,
+    )
+    scale = jnp.where(
+      begins,
+      jnp.asarray(learning_rate_scale, jnp.float32),
+      state.learning_rate_scale,
+    )
+    total = jax.tree.map(
+      lambda s, g: s + at_least_float32(g), state.gradients, updates
+    )
+
+    def scale_update(u: jax.Array) -> jax.Array:
+      wide = at_least_float32(u)
+      return (scale.astype(wide.dtype) * wide).astype(u.dtype)
+
+    def step() -> tuple[optax.Updates, Any, Any, jax.Array]:
+      mean = jax.tree.map(
+        lambda s, g: (s / count.astype(s.dtype)).astype(g.dtype),
+        total,
+        updates,
+      )
+      steps, inner_state = inner.update(mean, state.inner, params, **extra_args)
+      scaled = jax.tree.map(scale_update, steps)
+      zeros = jax.tree.map(jnp.zeros_like, total)
+      return scaled, inner_state, zeros, jnp.zeros_like(state.index)
+
+    def wait() -> tuple[optax.Updates, Any, Any, jax.Array]:
+      # In the optimizer's dtypes: bfloat16 may go in and float32 come out.
+      zeros = jax.tree.map(
+        lambda g, u: jnp.zeros_like(g, u.dtype),
+        updates,
+        jax.eval_shape(step)[0],
+      )
+      return zeros, state.inner, total, state.index + 1
+
+    new_updates, inner_state, gradients, index = jax.lax.cond(
+      state.index + 1 >= count, step, wait
+    )
+    return new_updates, AdaptiveMultiStepsState(
+      index, count, scale, gradients, inner_state
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_micro_batches(micro_batches: ArrayLike) -> None:
+  number = concrete(micro_batches)
+  array: Any = micro_batches if number is None else number
+  if (
+    array.ndim
+    or not jnp.issubdtype(array.dtype, jnp.integer)
+    or (number is not None and number < 1)
+  ):
+    given = '' if number is None else f'micro_batches={number.tolist()} of '
+    raise ValueError(
+      '`micro_batches` is how many gradients make a step, an integer scalar of '
+      f"at least 1. Given {given}{describe(array)}. Pass the controller's: "
+      '`micro_batches=state.micro_batches`. Where it comes from a division, '
+      'write `micro_batches=batch // micro_batch`.'
+    )

@@ -1,0 +1,233 @@
+r"""LARS: a learning rate for each layer, from the norms of weight and gradient.
+
+References:
+  You et al., `Large Batch Training of Convolutional Networks
+  <https://arxiv.org/abs/1708.03888>`_, 2017
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from conadv_optax.core.numeric import at_least_float32, check_not_negative
+from conadv_optax.optimizers.masks import (
+  TAKEN_FOR_A_SCHEDULE,
+  exclude_norm_and_bias,
+)
+
+
+class LarsState(NamedTuple):
+  """State of `lars`.
+
+  Attributes:
+    count: int32 scalar, the steps taken.
+    momentum: the momentum buffer, like the parameters in shape and dtype.
+  """
+
+  count: Any
+  momentum: optax.Updates
+
+
+def lars(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  weight_decay: ArrayLike,
+  momentum: ArrayLike = 0.9,
+  trust_coefficient: ArrayLike = 1e-3,
+  eps: ArrayLike = 0.0,
+  nesterov: bool = False,
+  mask: Callable[[Any], Any] | Any | None = None,
+  trust_ratio: Literal['separate', 'joint'] = 'separate',
+  momentum_over: Literal['scaled', 'raw'] = 'scaled',
+  max_trust_ratio: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Layer-wise adaptive rate scaling, in the forms that are in use.
+
+  With :math:`d = g + \lambda w` for weight :math:`w`, gradient :math:`g`, decay
+  :math:`\lambda`, trust coefficient :math:`c`, and norms in float32,
+
+  .. math::
+
+    r = \frac{c \|w\|}{\|g\| + \lambda \|w\| + \epsilon}
+    \ \text{('separate')}, \qquad
+    r = \frac{c \|w\|}{\|d\| + \epsilon}\ \text{('joint')}
+
+  .. math::
+
+    v \leftarrow m v + \eta r d,\ w \leftarrow w - v
+    \ \text{('scaled')}, \qquad
+    v \leftarrow m v + r d,\ w \leftarrow w - \eta v\ \text{('raw')}
+
+  :math:`r` is 1 where either norm in it is 0. Leaves outside the mask take
+  plain momentum: :math:`r = 1` and no decay. 'separate' and 'scaled' is the
+  form of MLPerf and of ConAdv; 'joint' and 'scaled', with nothing excluded,
+  is `optax.lars`. The two momenta differ while the learning rate changes.
+
+  Args:
+    learning_rate: a float, a scalar array or a schedule.
+    weight_decay: coefficient :math:`\lambda`.
+    momentum: coefficient :math:`m`.
+    trust_coefficient: coefficient :math:`c`.
+    eps: added to the denominator of the ratio.
+    nesterov: step by :math:`m v + (\ldots)` with the new :math:`v`.
+    mask: True where LARS applies: a function of the parameters, a tree of bools
+      (a prefix will do), or True for all. None is `exclude_norm_and_bias`.
+      Under `optax.inject_hyperparams`, which takes every function for a
+      schedule, pass a function with `static_args='mask'`.
+    trust_ratio: 'separate' or 'joint'.
+    momentum_over: 'scaled' or 'raw'.
+    max_trust_ratio: the largest ratio, None for no limit.
+
+  Returns:
+    A gradient transformation; `update` needs `params`, and its updates have the
+    dtype of the gradients. State and updates keep every shape and dtype.
+
+  Raises:
+    ValueError: for an unknown form, a negative decay, a mask that is False
+      itself or not made of bools, or an `update` without `params`.
+
+  Examples:
+    >>> import chex, jax.numpy as jnp, optax
+    >>> import conadv_optax as conadv
+    >>> tx = conadv.lars(2., weight_decay=0.5, trust_coefficient=0.1)
+    >>> params = {'kernel': jnp.full((1, 4), 2.), 'bias': jnp.ones(1)}
+    >>> grads = {'kernel': jnp.full((1, 4), 1.), 'bias': jnp.ones(1)}
+    >>> updates, _ = tx.update(grads, tx.init(params), params)
+    >>> # |w| = 4, |g| = 2: ratio 0.1 * 4 / (2 + 0.5 * 4); g + wd * w = 2
+    >>> chex.assert_trees_all_close(
+    ...     updates,
+    ...     {'kernel': jnp.full((1, 4), -0.4), 'bias': jnp.full(1, -2.)})
+
+  References:
+    You et al., `Large Batch Training of Convolutional Networks
+    <https://arxiv.org/abs/1708.03888>`_, 2017
+  """
+  if trust_ratio not in ('separate', 'joint'):
+    raise ValueError(
+      "`trust_ratio` must be 'separate' or 'joint'. Given "
+      f'trust_ratio={trust_ratio!r}.'
+    )
+  if momentum_over not in ('scaled', 'raw'):
+    raise ValueError(
+      "`momentum_over` must be 'scaled' or 'raw'. Given "
+      f'momentum_over={momentum_over!r}.'
+    )
+  check_not_negative('weight_decay', weight_decay)
+  if isinstance(mask, bool | np.bool_) and not mask:
+    raise ValueError(
+      '`mask` is True where LARS applies: a function of the parameters, a tree '
+      'of bools, or True for all. Given mask=False, which leaves plain '
+      f'momentum everywhere. {TAKEN_FOR_A_SCHEDULE} If it is meant, write '
+      '`mask=jax.tree.map(lambda _: False, params)`.'
+    )
+
+  def ratio(w: jax.Array, g: jax.Array, d: jax.Array) -> jax.Array:
+    w_norm = _norm(w)
+    if trust_ratio == 'separate':
+      g_norm = _norm(g)
+      denominator = g_norm + _scalar(weight_decay, w) * w_norm
+    else:
+      g_norm = denominator = _norm(d)
+    defined = (w_norm > 0) & (g_norm > 0)
+    denominator = denominator + _scalar(eps, w)
+    r = jnp.where(
+      defined,
+      _scalar(trust_coefficient, w)
+      * w_norm
+      / jnp.where(defined, denominator, 1.0),
+      1.0,
+    )
+    return (
+      r
+      if max_trust_ratio is None
+      else jnp.minimum(r, _scalar(max_trust_ratio, w))
+    )
+
+  def init_fn(params: optax.Params) -> LarsState:
+    return LarsState(
+      count=jnp.zeros([], jnp.int32),
+      momentum=jax.tree.map(jnp.zeros_like, params),
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: LarsState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, LarsState]:
+    del extra_args
+    if params is None:
+      raise ValueError(
+        'LARS scales each layer by the norm of its weights, so `update` needs '
+        'them. Likely `tx.update(grads, opt_state)`; say '
+        '`tx.update(grads, opt_state, params)`.'
+      )
+    rate = (
+      learning_rate(state.count) if callable(learning_rate) else learning_rate
+    )
+
+    def leaf(
+      is_weight: bool, g: jax.Array, v: jax.Array, w: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+      dtypes = g.dtype, v.dtype
+      g, v, w = at_least_float32(g), at_least_float32(v), at_least_float32(w)
+      lr, m = _scalar(rate, w), _scalar(momentum, w)
+      inside, outside = (lr, 1.0) if momentum_over == 'scaled' else (1.0, lr)
+      if is_weight:
+        d = g + _scalar(weight_decay, w) * w
+        d = inside * ratio(w, g, d) * d
+      else:
+        d = inside * g
+      v = m * v + d
+      step = m * v + d if nesterov else v
+      return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])
+
+    both = jax.tree.map(
+      leaf, _resolve(mask, params), updates, state.momentum, params
+    )
+    # `jax.tree.transpose` knows no tree without leaves, as an empty group of
+    # `optax.multi_transform` is.
+    new_updates, new_momentum = (
+      jax.tree.map(lambda _, pair, i=i: pair[i], updates, both)
+      for i in range(2)
+    )
+    count = optax.safe_increment(state.count)
+    return new_updates, LarsState(count, new_momentum)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+  square = jnp.sum(jnp.square(x))
+  # The root's derivative at 0 is infinite, and makes a NaN even if not used.
+  is_zero = square == 0
+  return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def _scalar(value: Any, like: jax.Array) -> jax.Array:
+  return jnp.asarray(value, like.dtype)
+
+
+def _resolve(mask: Any, params: optax.Params) -> Any:
+  """The mask as a full tree of bools."""
+  if mask is None:
+    mask = exclude_norm_and_bias
+  tree = mask(params) if callable(mask) else mask
+  wrong = [
+    leaf
+    for leaf in jax.tree.leaves(tree)
+    if not isinstance(leaf, bool | np.bool_)
+  ]
+  if wrong:
+    raise ValueError(
+      '`mask` must be made of bools, True where LARS applies. Given a '
+      f'leaf of type {type(wrong[0]).__name__}. {TAKEN_FOR_A_SCHEDULE}'
+    )
+  return jax.tree.map(
+    lambda chosen, part: jax.tree.map(lambda _: chosen, part), tree, params
+  )

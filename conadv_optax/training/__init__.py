@@ -1,0 +1,1 @@
+"""The step: wrapped, plain, and what it is made of."""
