@@ -111,9 +111,7 @@ def targets():
 
 
 def test_ten_kills_leave_no_trace(tmp_path):
-  result = start(
-    str(Path(__file__).parent / 'killed_runs.py'), tmp_path, *FLAGS
-  )
+  result = start(str(ROOT / 'tests/support/killed_runs.py'), tmp_path, *FLAGS)
   assert result.returncode == 0, result.stderr
   left, right = tmp_path / 'killed', tmp_path / 'whole'
   assert steps_saved(left) == steps_saved(right) == [70, 72]

@@ -7,7 +7,7 @@ import pytest
 from reference import reused_loss, study_report
 from reference.benchmarks import measure
 
-DOCS = Path(__file__).parents[1] / 'docs'
+DOCS = Path(__file__).parents[2] / 'docs'
 PAGE = (DOCS / 'results.md').read_text()
 
 

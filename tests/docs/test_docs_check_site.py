@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-CHECK = Path(__file__).parent.parent / 'docs' / 'check_site.py'
+CHECK = Path(__file__).parents[2] / 'docs' / 'check_site.py'
 find_problems = runpy.run_path(str(CHECK))['find_problems']
 
 

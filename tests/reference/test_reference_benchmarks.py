@@ -14,7 +14,7 @@ import pytest
 
 from reference.benchmarks import measure, schedule, steps
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NET = measure.NETS['tiny']
 FIGURES = ('seconds', 'flops', 'memory_bytes', 'compile_seconds')
 

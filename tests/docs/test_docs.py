@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-DOCS = Path(__file__).parent.parent / 'docs'
+DOCS = Path(__file__).parents[2] / 'docs'
 PAGES = sorted(
   page for page in DOCS.rglob('*.md') if '_build' not in page.parts
 )

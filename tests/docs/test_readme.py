@@ -5,7 +5,7 @@ import re
 
 import jax
 
-README = (pathlib.Path(__file__).parent.parent / 'README.md').read_text()
+README = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
 
 
 def blocks(language):
