@@ -1,4 +1,4 @@
-"""Float32 whatever the model's dtype, and checks of concrete numbers."""
+"""Norms and sums in float32 whatever the dtype, and checks of numbers."""
 
 from typing import Any
 
@@ -14,21 +14,47 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def tree_at_least_float32(tree: Any) -> Any:
+  """Every leaf in float32, or in its own dtype where that is wider."""
+  return jax.tree.map(at_least_float32, tree)
+
+
+def is_inexact(x: Any) -> bool:
+  """Whether a mean makes sense for `x`: it is floating or complex."""
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+  """The squared size of each entry, at least float32, real."""
+  x = at_least_float32(x)
+  return jnp.real(x * jnp.conj(x))
+
+
+def dot(x: Any, y: Any) -> jax.Array:
+  """The inner product of two trees, of complex leaves as pairs of reals."""
+  # Not `jnp.vdot`, which flattens: leaves may be sharded along any axis.
+  parts = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), x, y)
+  return sum(jax.tree.leaves(parts), jnp.zeros([]))
+
+
+def ascent(gradient: Any) -> Any:
+  """The direction in which the loss rises, at least float32.
+
+  For a complex leaf JAX's gradient is the conjugate of it.
+  """
+  return jax.tree.map(lambda g: jnp.conj(at_least_float32(g)), gradient)
+
+
 def unit(tree: Any) -> Any:
   """A tree of float32 over its norm; zero where that is."""
   length = optax.tree.norm(tree)
   return optax.tree.scale(1 / jnp.where(length > 0, length, 1.0), tree)
 
 
-def tree_at_least_float32(tree: Any) -> Any:
-  """Every leaf in float32, or in its own dtype where that is wider."""
-  return jax.tree.map(at_least_float32, tree)
-
-
 def weighted(weight: ArrayLike, x: jax.Array) -> jax.Array:
   """`weight * x`; nothing, not even a NaN, where the weight is 0."""
   weight = jnp.asarray(weight, x.dtype)
-  return jnp.where(weight == 0, 0.0, weight * x)
+  return jnp.where(weight == 0, jnp.zeros([], x.dtype), weight * x)
 
 
 def add_weighted(total: Any, weight: ArrayLike, gradients: Any) -> Any:
@@ -45,7 +71,8 @@ def concrete(value: Any) -> np.ndarray | None:
 
 
 def check_not_negative(name: str, value: Any) -> None:
-  """Raises `ValueError` where a concrete `value` is negative or NaN."""
+  """Raises where `value` is a function, or concrete and negative or NaN."""
+  check_no_schedule(name, value)
   number = concrete(value)
   if number is not None and not np.all(number >= 0):
     raise ValueError(
@@ -54,14 +81,38 @@ def check_not_negative(name: str, value: Any) -> None:
     )
 
 
-def check_count(name: str, value: Any, *, least: int = 1) -> None:
-  """Raises `ValueError` where `value` is no int of at least `least`."""
-  if isinstance(value, bool) or not isinstance(value, int) or value < least:
-    raise ValueError(
-      f'`{name}` is a number of things, a Python int of at least {least}. '
-      f'Given {name}={value!r} of type {type(value).__name__}. Where it comes '
-      f'from a division, write `{name}=int(...)`.'
+def check_no_schedule(name: str, value: Any) -> None:
+  """Raises `TypeError` where `value` is a function, a schedule most likely."""
+  if callable(value):
+    raise TypeError(
+      f'`{name}` is a number or an array, which may be traced. Given a '
+      'function, likely an Optax schedule. Call it with your own count of '
+      'steps, where `jax.jit` compiles the step, and make there what takes '
+      f'`{name}`: `{name}=schedule(count)`. It is compiled once.'
     )
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+  """`value` is an int, and at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise TypeError(
+      f'`{name}` is a number of things, a Python int, because shapes or loops '
+      f'depend on it. Given {name}={value!r} of type {type(value).__name__}. '
+      f'Where it comes from a division, write `{name}=int(...)`; mark it '
+      'static under `jax.jit`.'
+    )
+  if value < least:
+    raise ValueError(
+      f'`{name}` is a number of things, at least {least}. Given {name}={value}.'
+    )
+
+
+def share_of(fraction: float, size: int) -> int:
+  """`floor(fraction * size)`, at least 1, as decimals are meant.
+
+  In binary `0.29 * 100` is 28.999999999999996, and `(1 - 0.8) * 10` below 2.
+  """
+  return max(1, int(round(fraction * size, 6)))
 
 
 def describe(x: Any) -> str:
