@@ -23,17 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import conadv_optax as conadv
 from conadv_optax import hessian
-from reference import (
-  hessian_figure,
-  input_pipeline,
-  methods,
-  sources,
-  step,
-  study_report,
-  train,
-)
-from reference.benchmarks import figures, measure
-from reference.benchmarks.figures import ADVERSARIAL, CLEAN
+from reference.benchmarks import figures
 from reference.benchmarks.steps import ROWS
 from reference.configs import (
   digits,
@@ -45,6 +35,11 @@ from reference.configs import (
   imagenet_64k,
   imagenet_96k,
 )
+from reference.data import input_pipeline, sources
+from reference.run import methods, step, train
+from reference.study import report, results
+from reference.tools import hessian_figure, pages, tables
+from reference.tools.pages import ADVERSARIAL, CLEAN
 
 DOCS = Path(__file__).parent
 FOLDER = DOCS / 'figures'
@@ -140,8 +135,9 @@ def observe(
   model = train.make_model(config, num_classes=source.num_classes)
   tx, _, _ = train.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
+  described = train.describe_state(config, model, tx, grad_fn, mesh)
   state = train.make_state(
-    config, model, tx, grad_fn, mesh, [place(next(batches))]
+    config, model, tx, grad_fn, mesh, [place(next(batches))], described
   )
 
   @jax.jit
@@ -263,25 +259,25 @@ def spectral_density(figure: Figure, spectrum: hessian.Spectrum) -> None:
 
 def main() -> None:
   """All of them."""
-  figures.save(FOLDER / 'timeline', timeline, size=(8, 3.2))
-  figures.save(FOLDER / 'schedules', schedules, size=(6, 3.2))
+  pages.save(FOLDER / 'timeline', timeline, size=(8, 3.2))
+  pages.save(FOLDER / 'schedules', schedules, size=(6, 3.2))
   rows, spectrum = observe(digits.get_config())
   for draw in (statistics, trust_ratios):
-    figures.save(FOLDER / draw.__name__, draw, rows, size=(8, 3.6))
-  figures.save(FOLDER / 'spectrum', spectral_density, spectrum, size=(6, 3.2))
+    pages.save(FOLDER / draw.__name__, draw, rows, size=(8, 3.6))
+  pages.save(FOLDER / 'spectrum', spectral_density, spectrum, size=(6, 3.2))
   for path in sorted(DOCS.glob('growth_*.csv')):
-    figures.draw_growth(FOLDER / path.stem, measure.read_csv(path))
+    figures.draw_growth(FOLDER / path.stem, tables.read_csv(path))
   for path in sorted(DOCS.glob('cost_*.csv')):
-    results = measure.read_csv(path)
-    if 'schedule' in results[0]:
+    rows = tables.read_csv(path)
+    if 'schedule' in rows[0]:
       stem = path.stem.replace('cost', 'schedule')
-      figures.draw_schedule(FOLDER / stem, results)
+      figures.draw_schedule(FOLDER / stem, rows)
     else:
       # Several devices share the cores of a CPU, and their times say little.
-      alone = [x for x in results if math.prod(ROWS[str(x['row'])].mesh) == 1]
+      alone = [x for x in rows if math.prod(ROWS[str(x['row'])].mesh) == 1]
       figures.draw_cost(FOLDER / path.stem, alone)
   for path in sorted(DOCS.glob('study_*.csv')):
-    study_report.draw(study_report.read(path), FOLDER)
+    report.draw(results.read(path), FOLDER)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from reference import hosts, train
+from reference.run import hosts, train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',

@@ -30,6 +30,7 @@ from absl import app, flags, logging
 from reference.benchmarks import figures, measure, schedule
 from reference.benchmarks.measure import Figures, Net
 from reference.benchmarks.steps import ROWS
+from reference.tools import slices, tables
 
 _NET = flags.DEFINE_enum(
   'net', None, list(measure.NETS), 'By default that of the hardware.'
@@ -106,16 +107,13 @@ def run_here(net: Net) -> list[Figures]:
 
 def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
   """Compiles every row for a TPU, and saves it at once."""
-  # Imported here, as libtpu is, because this alone needs it.
-  from reference import aot
-
-  devices = aot.open_topology(topology)
+  devices = slices.open_topology(topology)
   nets = {
     name: net._replace(batch_size=net.batch_size * math.prod(row.mesh))
     for name, row in ROWS.items()
   }
   images = {name: images_of(name, own) for name, own in nets.items()}
-  known = measure.read_csv(path) if path.exists() else []
+  known = tables.read_csv(path) if path.exists() else []
   done = {
     x['row']: x for x in known if x['images'] == images.get(str(x['row']))
   }
@@ -140,7 +138,7 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
     }
     results = [done[name] for name in ROWS if name in done]
     complete(results, net, devices[0])
-    measure.write_csv(path, results)
+    tables.write_csv(path, results)
     print(f'{name}: {done[name]["megacycles"]:.0f} Mcycles', flush=True)
   return [done[name] for name in ROWS if name in done]
 
@@ -175,7 +173,7 @@ def print_table(results: Sequence[Figures]) -> None:
     f'jax {rows[0]["jax"]}, {rows[0]["hardware"]}, batches of '
     f'{rows[0]["images"]:.0f} images\n'
   )
-  measure.print_markdown(
+  tables.print_markdown(
     [
       {
         '': row['row'],
@@ -196,7 +194,7 @@ def print_table(results: Sequence[Figures]) -> None:
     ]
   )
   print()
-  measure.print_markdown(
+  tables.print_markdown(
     [
       {
         '': f'{row["row"]} / {ROWS[row["row"]].beside}',
@@ -221,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update('jax_num_cpu_devices', 4)
     kind = jax.default_backend()
     results = run_here(choose_net('resnet18' if kind == 'cpu' else 'resnet50'))
-    measure.write_csv(out / f'cost_{kind}.csv', results)
+    tables.write_csv(out / f'cost_{kind}.csv', results)
     print_table(results)
     figures.draw_cost(out / f'cost_{kind}', results)
   for topology in _TPU.value:

@@ -1,26 +1,24 @@
 """The figures of the benchmarks, each for light and for dark pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from reference.benchmarks import schedule
 from reference.benchmarks.measure import Figures
+from reference.tools import pages
 
-CLEAN, ADVERSARIAL, OTHER = '#2f7fd1', '#e0762a', '#8a8a8a'
 _COLORS = {
   'training forward': ('#7fb2e5', 'training, forward'),
-  'training backward': (CLEAN, 'training, backward'),
+  'training backward': (pages.CLEAN, 'training, backward'),
   'attack forward': ('#f0b083', 'attack, forward'),
-  'attack backward': (ADVERSARIAL, 'attack, backward'),
+  'attack backward': (pages.ADVERSARIAL, 'attack, backward'),
   'attack pixels': ('#9c4508', 'attack, backward to the pixels'),
-  'other': (OTHER, 'all else'),
+  'other': (pages.OTHER, 'all else'),
 }
 # Of the schedule's figure, and the roles of each.
 _SHOWN = {
@@ -31,33 +29,6 @@ _SHOWN = {
   # The compiler lists the branch of a false condition first.
   'concurrent equal share': ('concurrent: attacker', 'concurrent: trainers'),
 }
-
-
-def save(
-  stem: Path, draw: Callable[..., None], *args: Any, size: tuple[float, float]
-) -> None:
-  """Writes `stem`-light.svg and -dark.svg, on transparent ground."""
-  for theme, style in (('light', 'default'), ('dark', 'dark_background')):
-    with (
-      plt.style.context(style),
-      matplotlib.rc_context(
-        {
-          'axes.spines.right': False,
-          'axes.spines.top': False,
-          'font.size': 10,
-          'svg.hashsalt': stem.name,
-        }
-      ),
-    ):
-      figure = plt.figure(figsize=size, layout='constrained')
-      draw(figure, *args)
-      stem.parent.mkdir(parents=True, exist_ok=True)
-      figure.savefig(
-        stem.parent / f'{stem.name}-{theme}.svg',
-        transparent=True,
-        metadata={'Date': None},
-      )
-      plt.close(figure)
 
 
 # Plain steps that the figure of the cost has room for.
@@ -81,8 +52,8 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
       places,
       middle,
       xerr=(middle - low, high - middle),
-      color=CLEAN,
-      ecolor=OTHER,
+      color=pages.CLEAN,
+      ecolor=pages.OTHER,
       label='time' if has_seconds else 'cycles',
     )
     time.plot(
@@ -90,7 +61,7 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
       places,
       linestyle='',
       marker='D',
-      color=ADVERSARIAL,
+      color=pages.ADVERSARIAL,
       label='FLOPs',
     )
     # So that a row which is many times slower does not hide the others.
@@ -108,12 +79,14 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
     time.invert_yaxis()
     time.set_xlabel('of the plain step')
     time.legend(frameon=False)
-    memory.barh(places, [x['memory_bytes_ratio'] for x in rows], color=OTHER)
+    memory.barh(
+      places, [x['memory_bytes_ratio'] for x in rows], color=pages.OTHER
+    )
     memory.set_xlabel('memory, of that of the plain step')
     for axes in (time, memory):
-      axes.axvline(1, color=OTHER, linewidth=0.8)
+      axes.axvline(1, color=pages.OTHER, linewidth=0.8)
 
-  save(stem, draw, size=(9, 0.6 + 0.32 * len(rows)))
+  pages.save(stem, draw, size=(9, 0.6 + 0.32 * len(rows)))
 
 
 def draw_schedule(stem: Path, results: Sequence[Figures]) -> None:
@@ -143,7 +116,7 @@ def draw_schedule(stem: Path, results: Sequence[Figures]) -> None:
       bbox_to_anchor=(0.5, 1),
     )
 
-  save(stem, draw, size=(9, 1.2 + 0.4 * len(lanes)))
+  pages.save(stem, draw, size=(9, 1.2 + 0.4 * len(lanes)))
 
 
 def draw_growth(stem: Path, results: Sequence[Figures]) -> None:
@@ -156,7 +129,11 @@ def draw_growth(stem: Path, results: Sequence[Figures]) -> None:
     ):
       rows: list[Any] = [x for x in results if x['sweep'] == sweep]
       for name in dict.fromkeys(x['row'] for x in rows):
-        color = {'plain': OTHER, 'ConAdv': ADVERSARIAL, 'reuse': CLEAN}[name]
+        color = {
+          'plain': pages.OTHER,
+          'ConAdv': pages.ADVERSARIAL,
+          'reuse': pages.CLEAN,
+        }[name]
         points = [x for x in rows if x['row'] == name]
         sizes = [x['size'] for x in points]
         axes.plot(
@@ -180,4 +157,4 @@ def draw_growth(stem: Path, results: Sequence[Figures]) -> None:
       axes.legend(frameon=False, fontsize=8)
       axes.set_title(f'over that at {sweep} = {sizes[0]:.0f}', fontsize=9)
 
-  save(stem, draw, size=(10, 3.4))
+  pages.save(stem, draw, size=(10, 3.4))

@@ -21,6 +21,7 @@ import conadv_optax as conadv
 from reference.benchmarks import figures, measure
 from reference.benchmarks.measure import Figures, Net
 from reference.benchmarks.steps import Row, library, plain
+from reference.tools import tables
 
 _NET = flags.DEFINE_enum('net', 'resnet18', list(measure.NETS), 'The model.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed calls of each order.')
@@ -94,7 +95,7 @@ def run(
 
 def print_table(results: Sequence[Figures]) -> None:
   """The table, in Markdown."""
-  measure.print_markdown(
+  tables.print_markdown(
     [
       {
         'varied': str(row['sweep']),
@@ -120,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
   net = measure.NETS[_NET.value]._replace(batch_size=_BATCH.value)
   results = run(net, _SWEEPS.value, rounds=_ROUNDS.value, orders=_ORDERS.value)
   out = Path(_OUT.value)
-  measure.write_csv(out / 'growth.csv', results)
+  tables.write_csv(out / 'growth.csv', results)
   print_table(results)
   figures.draw_growth(out / 'growth', results)
 

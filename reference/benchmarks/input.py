@@ -42,8 +42,8 @@ import numpy as np
 import simplejpeg
 from absl import app, flags, logging
 
-from reference import augment, autoaugment, input_pipeline, jpeg, sources
 from reference.configs import jpeg_folder
+from reference.data import augment, autoaugment, input_pipeline, jpeg, sources
 
 _FOLDER = flags.DEFINE_string(
   'folder', None, 'Holds train/CLASS/*.jpg; by default JPEGs are made.'

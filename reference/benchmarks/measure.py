@@ -1,9 +1,7 @@
 """Compiling steps, letting them take turns, and counting what they need."""
 
-import csv
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
-from reference import models
 from reference.benchmarks.steps import Row
+from reference.run import models
 
 # What is measured of a program, by column.
 Figures = dict[str, float | str]
@@ -248,40 +246,3 @@ def between(
     low, high = scale * row[f'{column}_low'], scale * row[f'{column}_high']
     text += f' ({low:.{digits}f}-{high:.{digits}f})'
   return text
-
-
-def print_markdown(rows: Sequence[Mapping[str, str]]) -> None:
-  """A table without the columns that are empty in every row."""
-  names = [x for x in rows[0] if any(row[x] for row in rows)] if rows else []
-  if names:
-    print(f'| {" | ".join(names)} |\n|{"---|" * len(names)}')
-  for row in rows:
-    print(f'| {" | ".join(row[name] for name in names)} |')
-
-
-def write_csv(path: Path, rows: Sequence[Figures]) -> None:
-  """A column for each name that occurs; what a row lacks stays empty."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  with path.open('w', newline='') as file:
-    writer = csv.DictWriter(file, names)
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def to_number(text: str) -> float | str:
-  """A cell of a CSV: a number where it is one."""
-  try:
-    return float(text)
-  except ValueError:
-    return text
-
-
-def read_csv(path: Path) -> list[Figures]:
-  """The rows of `write_csv`, numbers as numbers."""
-
-  with path.open(newline='') as file:
-    return [
-      {name: to_number(text) for name, text in row.items() if text}
-      for row in csv.DictReader(file)
-    ]

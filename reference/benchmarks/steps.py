@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
-from reference import models
+from reference.run import models
 
 EPSILON = 0.1
 

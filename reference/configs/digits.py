@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     {
       'name': 'digits',
       'seed': 0,
-      'method': 'conadv',  # or another of reference/methods.py
+      'method': 'conadv',  # or another of reference/run/methods.py
       'staleness': 1,  # steps between the attack and its use
       'batch_size': 128,
       # Micro-batches of a device's share, each a BatchNorm group of its own.

@@ -50,7 +50,7 @@ def make_config(
     {
       'name': name,
       'seed': 0,
-      'method': 'conadv',  # or another of reference/methods.py
+      'method': 'conadv',  # or another of reference/run/methods.py
       'staleness': 1,  # steps between the attack and its use
       'batch_size': batch_size,
       # Micro-batches of a device's share, each a BatchNorm group of its own.

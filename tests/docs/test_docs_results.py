@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from reference import reused_loss, study_report
-from reference.benchmarks import measure
+from reference.study import report, results, reused_loss
+from reference.tools.tables import read_csv
 
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGE = (DOCS / 'results.md').read_text()
@@ -21,13 +21,13 @@ def tables(text):
   'path', sorted(DOCS.glob('study_*.csv')), ids=lambda path: path.stem
 )
 def test_the_tables_of_a_study(path):
-  found = tables(study_report.report(study_report.read(path)))
+  found = tables(report.report(results.read(path)))
   assert found
   for table in found:
     assert table in PAGE
 
 
 def test_the_table_of_the_reused_gradient(capsys):
-  reused_loss.print_table(measure.read_csv(DOCS / 'reused_loss.csv'))
+  reused_loss.print_table(read_csv(DOCS / 'reused_loss.csv'))
   [table] = tables(capsys.readouterr().out)
   assert table in PAGE

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
-from reference import methods, sources, train
 from reference.configs import digits
+from reference.data import sources
+from reference.run import methods, train
 
 CLASSES = 10
 RATE = 0.25
@@ -70,7 +71,9 @@ def first_state(config, model, tx, grad_fn, mesh, first_batches):
   )
 
 
-def start(config, *, devices=1, model=None, tx=None, rate=RATE):
+def start(
+  config, *, devices=1, model=None, tx=None, rate=RATE, make=make_batch
+):
   """A state, the compiled step, and the placement of a batch."""
   mesh = make_mesh(devices)
   place = train.make_placement(mesh)
@@ -79,8 +82,7 @@ def start(config, *, devices=1, model=None, tx=None, rate=RATE):
   tx = tx or optax.sgd(rate)
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [
-    place(make_batch(100 + i, config.batch_size))
-    for i in range(grad_fn.staleness)
+    place(make(100 + i, config.batch_size)) for i in range(grad_fn.staleness)
   ]
   state = first_state(config, model, tx, grad_fn, mesh, first)
   take = train.make_step(config, tx, schedule, grad_fn, state, mesh)

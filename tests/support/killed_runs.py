@@ -14,7 +14,7 @@ import time
 from absl import app
 from grain import checkpoint as grain_checkpoint
 
-from reference import metrics
+from reference.run import metrics
 
 # In the middle of: a step or a checkpoint, whichever the moment hits; writing
 # a checkpoint; replacing the CSV.

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from reference import prepare_data
+from reference.data import preparation
 
 CLASSES = ('n01', 'n02', 'n10')
 PER_SHARD = 4
@@ -49,7 +49,7 @@ def write_images(folder):
 
 
 def prepare(source, target, **options):
-  return prepare_data.prepare(
+  return preparation.prepare(
     source, target, images_per_shard=PER_SHARD, **options
   )
 

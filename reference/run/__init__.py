@@ -1,0 +1,1 @@
+"""A training run: its stages, its loop, and what watches over it."""

@@ -1,0 +1,297 @@
+"""Checkpoints: everything that a resumed run needs to be the same run."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from reference.run import hosts, step
+
+
+def fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Field to value as JSON has it."""
+
+  def flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+      if isinstance(value, dict):
+        flat |= flatten(value, f'{prefix}{name}.')
+      else:
+        flat[prefix + name] = value
+    return flat
+
+  return flatten(json.loads(config.to_json()), '')
+
+
+def comparable(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What a checkpoint's config must agree in: all but the fields of `run`.
+
+  And the number of processes, as each saves its own position in the data.
+  """
+  return {
+    'processes': jax.process_count(),
+    **{
+      name: value
+      for name, value in fields(config).items()
+      if not name.startswith('run.')
+    },
+  }
+
+
+def _folder(workdir: Path) -> Path:
+  return workdir.absolute() / 'checkpoints'
+
+
+def open_reader(workdir: Path) -> ocp.CheckpointManager:
+  """A manager that waits for no other process.
+
+  So one that fails to read does not leave the others waiting.
+  """
+  this = jax.process_index()
+  return ocp.CheckpointManager(
+    _folder(workdir),
+    options=ocp.CheckpointManagerOptions(
+      create=False,
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=this,
+        active_processes={this},
+        barrier_sync_key_prefix=f'reader_{this}',
+      ),
+    ),
+  )
+
+
+def _steps(workdir: Path) -> list[int]:
+  """The checkpoints, newest first, as the first process sees them.
+
+  On a shared folder another may still see an older listing.
+  """
+  steps: list[int] = []
+  if hosts.is_first() and _folder(workdir).exists():
+    with open_reader(workdir) as reader:
+      steps = sorted(reader.all_steps(), reverse=True)
+  return hosts.gather(steps)[0]
+
+
+def check_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+  """Refuses a work folder of another config.
+
+  Raises:
+    ValueError: when the newest checkpoint is of another config. Fields under
+      `run` may differ: they change how a run is watched, not what it learns.
+  """
+  steps = _steps(workdir)
+  if not steps:
+    return
+  with open_reader(workdir) as reader:
+    for newest in steps:
+      try:
+        stored = reader.restore(
+          newest, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        ).config
+        break
+      except Exception:
+        # Damaged: `restore` says so.
+        continue
+    else:
+      return
+  given = comparable(config)
+  absent = 'nothing'
+  differences = [
+    f'  {name}: given {given.get(name, absent)!r}, stored '
+    f'{stored.get(name, absent)!r}'
+    for name in sorted(given.keys() | stored.keys())
+    if given.get(name, absent) != stored.get(name, absent)
+  ]
+  if differences:
+    raise ValueError(
+      'A work folder belongs to one config, and resumes its run. '
+      f'{workdir} holds step {newest} of another:\n'
+      + '\n'.join(differences)
+      + '\nLikely a field was changed and the folder was not: take another, '
+      f'`--workdir={workdir}_2`.'
+    )
+
+
+def _set_aside(workdir: Path, number: int) -> Path:
+  """Moves a damaged checkpoint to where nothing reads or deletes it."""
+  aside = workdir / 'damaged_checkpoints'
+  names = itertools.chain(
+    [str(number)], (f'{number}_{count}' for count in itertools.count(2))
+  )
+  target = next(aside / name for name in names if not (aside / name).exists())
+  aside.mkdir(exist_ok=True)
+  (_folder(workdir) / str(number)).rename(target)
+  return target
+
+
+def _changed(then: dict[str, str], now: dict[str, str]) -> str:
+  """What is not the software that wrote a checkpoint; '' where all is."""
+  return ', '.join(
+    f'{name} {then[name]} -> {now.get(name, "nothing")}'
+    for name in then
+    if then[name] != now.get(name)
+  )
+
+
+def restore(
+  workdir: Path,
+  state: step.TrainState,
+  batches: grain.DatasetIterator,
+  software: dict[str, str],
+) -> step.TrainState | None:
+  """The newest checkpoint that is whole; the iterator is set to its position.
+
+  Newer ones that are damaged are moved to `workdir/damaged_checkpoints`, once
+  an older one has been read.
+
+  Args:
+    workdir: of the run.
+    state: arrays, or their shapes, with the dtypes and shardings to restore to.
+    batches: the training iterator.
+    software: of this run; where it is not that of the checkpoint, it says so.
+
+  Returns:
+    The state, or None where there is no checkpoint.
+
+  Raises:
+    ValueError: when there are checkpoints and none can be read. They stay.
+  """
+  folder = _folder(workdir)
+  numbers = _steps(workdir)
+  if not numbers:
+    return None
+  target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+  damaged: dict[int, str] = {}
+  with open_reader(workdir) as reader:
+    for number in numbers:
+      reason = None
+      try:
+        restored = reader.restore(
+          number,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(target),
+            data=grain.checkpoint.CheckpointRestore(batches),
+          ),
+        ).state
+        written_by = reader.metadata(number).custom_metadata
+      except Exception as error:
+        # Damage shows in many ways: in JSON, in arrays, in what is missing.
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+      reasons = [reason for reason in hosts.gather(reason) if reason]
+      if not reasons:
+        break
+      damaged[number] = reasons[0]
+  if len(damaged) == len(numbers):
+    raise ValueError(
+      f'To resume, one checkpoint must be whole. {folder} holds '
+      f'{len(numbers)}, and none can be read:\n'
+      + '\n'.join(f'  step {key}: {why}' for key, why in damaged.items())
+      + '\nNothing was changed. Likely the storage is damaged or out of reach, '
+      'or the code has changed since. To start anew, take another folder: '
+      f'`--workdir={workdir}_2`.'
+    )
+  if hosts.is_first():
+    for key, why in damaged.items():
+      kept = _set_aside(workdir, key)
+      print(
+        f'The checkpoint of step {key} is damaged ({why}). It is kept as '
+        f'{kept}, and the run resumes from step {number}.',
+        flush=True,
+      )
+    if changed := _changed(written_by or {}, software):
+      print(
+        f'Since step {number} was saved, this has changed: {changed}. The run '
+        'goes on, but may not be the one that it would have been.',
+        flush=True,
+      )
+  multihost_utils.sync_global_devices('damaged checkpoints are set aside')
+  return restored
+
+
+@contextlib.contextmanager
+def _explained(manager: ocp.CheckpointManager) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:
+    folder = manager.directory
+    raise OSError(
+      f'A checkpoint could not be written to {folder}: {error}\nLikely the '
+      f'disk is full: `df -h {folder}`. The older checkpoints are whole; make '
+      'room, and the same command resumes from the newest of them.'
+    ) from error
+
+
+@contextlib.contextmanager
+def open_manager(
+  workdir: Path, *, keep: int
+) -> Iterator[ocp.CheckpointManager]:
+  """The manager that writes the checkpoints of a work folder.
+
+  What a killed run left unfinished is removed. On leaving, checkpoints that are
+  still being written are finished.
+
+  Args:
+    workdir: the checkpoints are in `workdir/checkpoints`, made if needed.
+    keep: how many, the newest, to keep. Older ones are deleted once a new one
+      is whole.
+
+  Raises:
+    OSError: when a checkpoint could not be written.
+  """
+  manager = ocp.CheckpointManager(
+    _folder(workdir),
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+      cleanup_tmp_directories=True,
+    ),
+  )
+  try:
+    yield manager
+  finally:
+    with _explained(manager):
+      manager.close()
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+  """Waits until what was saved is whole.
+
+  Raises:
+    OSError: when it could not be written.
+  """
+  with _explained(manager):
+    manager.wait_until_finished()
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  state: step.TrainState,
+  batches: grain.DatasetIterator,
+  config: ml_collections.ConfigDict,
+  software: dict[str, str],
+) -> None:
+  """Saves the state, the position in the data, the config and versions.
+
+  Files are written while the run goes on.
+
+  Raises:
+    OSError: when the checkpoint before could not be written.
+  """
+  with _explained(manager):
+    manager.save(
+      int(state.step),
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=grain.checkpoint.CheckpointSave(batches),
+        config=ocp.args.JsonSave(comparable(config)),
+      ),
+      custom_metadata=software,
+    )

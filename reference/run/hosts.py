@@ -1,0 +1,252 @@
+"""Many hosts, a process on each: their start, their checks and their stop."""
+
+import collections
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# A run that SIGTERM stopped is not complete: schedulers take 0 for that, and
+# start again what left with this, as every process that SIGTERM ends does.
+PREEMPTED = 128 + signal.SIGTERM
+
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'libtpu',
+  'numpy',
+  'optax',
+  'flax',
+  'orbax-checkpoint',
+  'grain',
+  'array-record',
+  'simplejpeg',
+  'opencv-python-headless',
+)
+
+
+def start(
+  *,
+  distributed: bool,
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+) -> None:
+  """Connects this process with those on the other hosts, if there are any.
+
+  Args:
+    distributed: whether JAX finds the others by itself, as it can on TPU pods
+      and under Slurm.
+    coordinator: else the address and a free port of process 0.
+    num_processes: how many there are.
+    process_id: which this is, from 0.
+
+  Raises:
+    ValueError: when the flags do not belong together.
+  """
+  by_hand = (coordinator, num_processes, process_id)
+  if distributed and by_hand != (None, None, None):
+    raise ValueError(
+      '`--distributed` finds the other processes by itself. Given also '
+      '`--coordinator`, `--num_processes` or `--process_id`: leave out either.'
+    )
+  if distributed:
+    jax.distributed.initialize(local_device_ids=_local_devices())
+  elif by_hand != (None, None, None):
+    if None in by_hand:
+      raise ValueError(
+        'Without `--distributed` a process must be told three things. Given '
+        f'coordinator={coordinator!r}, num_processes={num_processes!r} and '
+        f'process_id={process_id!r}. Write on the second of two hosts '
+        '`--coordinator=ADDRESS_OF_THE_FIRST:1234 --num_processes=2 '
+        '--process_id=1`.'
+      )
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, _local_devices()
+    )
+
+
+def _local_devices() -> list[int] | None:
+  """Devices of this host: [] for all of them, None for those that JAX takes.
+
+  Under Slurm JAX takes one GPU for each process, even where that has the host
+  to itself.
+  """
+  tasks = os.environ.get('SLURM_NTASKS')
+  alone = tasks == os.environ.get('SLURM_STEP_NUM_NODES', tasks)
+  return [] if alone and 'JAX_LOCAL_DEVICE_IDS' not in os.environ else None
+
+
+def is_first() -> bool:
+  """Whether this process writes the record and speaks for all."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The value of every process, in their order; of any form that JSON has."""
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(data.size))
+  padding = int(np.max(sizes)) - data.size
+  padded = np.pad(data, (0, padding), constant_values=ord(' '))
+  return [
+    json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)
+  ]
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'not installed'
+
+
+def software() -> dict[str, str]:
+  """Versions of all that a result depends on, and a hash of every source."""
+  root = Path(__file__).parents[2]
+  files = sorted(
+    path
+    for package in ('conadv_optax', 'reference')
+    for path in (root / package).rglob('*.py')
+  )
+  return {
+    'python': platform.python_version(),
+    **{name: _version(name) for name in _PACKAGES},
+    **{
+      str(path.relative_to(root)): hashlib.sha256(
+        path.read_bytes()
+      ).hexdigest()[:12]
+      for path in files
+    },
+  }
+
+
+def differences(held: list[dict[str, Any]]) -> list[str]:
+  """A line for every field that the processes do not agree on.
+
+  Args:
+    held: what each process holds, by field.
+  """
+  absent = 'nothing'
+  lines = []
+  for name in sorted({name for fields in held for name in fields}):
+    values = [json.dumps(fields.get(name, absent)) for fields in held]
+    usual, _ = collections.Counter(values).most_common(1)[0]
+    odd = [
+      f'process {index} has {value}'
+      for index, value in enumerate(values)
+      if value != usual
+    ]
+    if odd:
+      lines.append(f'  {name}: {", ".join(odd)}; the others have {usual}')
+  return lines
+
+
+def check_alike(fields: dict[str, Any]) -> None:
+  """Refuses processes that would not run the same program.
+
+  Args:
+    fields: what must be the same everywhere, by name.
+
+  Raises:
+    ValueError: on every process, naming those that differ, and in what.
+  """
+  lines = differences(gather(fields))
+  if lines:
+    raise ValueError(
+      'All processes must have the same config, data, code and versions.\n'
+      + '\n'.join(lines)
+      + '\nLikely the code was copied, or the command changed, on some hosts '
+      'alone: copy it to all and give all the same command.'
+    )
+
+
+def _make_as_orbax_does(folder: Path) -> str:
+  """Makes a folder with a file in it, under another name that it then changes.
+
+  Returns:
+    What went wrong and how to mend it; empty where nothing did.
+  """
+  unfinished = folder.with_name(f'{folder.name}.unfinished')
+  try:
+    unfinished.mkdir(parents=True)
+    (unfinished / 'file').touch()
+  except OSError as error:
+    return (
+      f'The work folder must be writable. Given {folder.parent}: {error}. '
+      'Likely root mounted the storage and owns it, run on every host '
+      '`sudo chown "$USER" /mnt/runs`; or the path is mistyped, `--workdir=`.'
+    )
+  try:
+    unfinished.rename(folder)
+  except OSError as error:
+    return (
+      'The work folder must lie where folders that hold files can be renamed, '
+      f'as that is how a checkpoint becomes whole. Given {folder.parent}: '
+      f'{error}. Likely it is a mounted bucket whose namespace is flat: take '
+      'NFS, or make another bucket, `gcloud storage buckets create gs://NAME '
+      '--location=REGION --uniform-bucket-level-access '
+      '--enable-hierarchical-namespace`.'
+    )
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  return ''
+
+
+def check_shared(folder: Path) -> None:
+  """Makes a folder, and refuses one that cannot hold checkpoints of all.
+
+  Raises:
+    ValueError: on every process, when the first cannot write there or rename
+      what it wrote, or naming those that do not see it.
+  """
+  probe = folder / f'.seen_by_all_{gather(uuid.uuid4().hex)[0]}'
+  failure = gather(_make_as_orbax_does(probe) if is_first() else '')[0]
+  if failure:
+    raise ValueError(failure)
+  # Path.exists raises where a folder on the way may not be read.
+  seen = gather(os.path.exists(probe))
+  if is_first():
+    shutil.rmtree(probe)
+  if not all(seen):
+    blind = [index for index, sees in enumerate(seen) if not sees]
+    raise ValueError(
+      'The work folder must lie on storage that all hosts share, as each '
+      f'writes its part of a checkpoint. {folder} of process 0 is not seen by '
+      f'process(es) {blind}. Likely it is a local disk: mount a file share on '
+      'every host, `sudo mount ADDRESS:/runs /mnt/runs`, and take '
+      '`--workdir=/mnt/runs/1`.'
+    )
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+  """Turns SIGTERM into a stop at the end of a step, the same on all hosts.
+
+  Yields:
+    A function to call after every step with the number of steps done, which
+    says whether to stop there.
+  """
+  if jax.distributed.is_initialized():
+    # JAX took the signal when it connected the processes. A signal to one of
+    # them reaches all, and they stop at a step that none has passed yet.
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  signalled = threading.Event()
+  previous = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
+  try:
+    yield lambda done: signalled.is_set()
+  finally:
+    signal.signal(signal.SIGTERM, previous)

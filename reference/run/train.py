@@ -1,0 +1,394 @@
+"""The training run, stage by stage."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import conadv_optax as conadv
+from reference.data import input_pipeline, jpeg, sources
+from reference.run import (
+  absa,
+  checkpoint,
+  checks,
+  evaluation,
+  hosts,
+  loop,
+  methods,
+  metrics,
+  models,
+  step,
+)
+
+
+def make_mesh(batch_size: int, *, accumulate: int = 1) -> Mesh:
+  """All devices along one axis, 'data'.
+
+  Raises:
+    ValueError: when the batch does not divide evenly over them.
+  """
+  checks.check_batch(batch_size, jax.device_count(), accumulate=accumulate)
+  # In the order of the processes, so that each holds a contiguous part.
+  return Mesh(
+    np.asarray(sorted(jax.devices(), key=lambda x: (x.process_index, x.id))),
+    ('data',),
+    axis_types=(AxisType.Auto,),
+  )
+
+
+def make_placement(
+  mesh: Mesh,
+) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
+  """A function that splits a batch over the devices.
+
+  It takes this process's part of the batch.
+  """
+  sharding = NamedSharding(mesh, P('data'))
+
+  def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {
+      name: jax.make_array_from_process_local_data(sharding, array)
+      for name, array in batch.items()
+    }
+
+  return place
+
+
+def describe_batch(
+  config: ml_collections.ConfigDict, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of a batch, split over the devices."""
+  size, channels = config.data.size, len(config.data.mean)
+  sharding = NamedSharding(mesh, P('data'))
+
+  def describe(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+      (config.batch_size, *shape), dtype, sharding=sharding
+    )
+
+  return {
+    'label': describe((), jnp.int32),
+    **{
+      name: describe((size, size, channels), jnp.uint8)
+      for name in methods.METHODS[config.method].images
+    },
+  }
+
+
+def make_model(
+  config: ml_collections.ConfigDict, *, num_classes: int
+) -> models.ResNet:
+  """The ResNet that `config.model` describes."""
+  return models.ResNet(
+    num_classes=num_classes,
+    stage_sizes=tuple(config.model.stage_sizes),
+    filters=config.model.filters,
+    block=config.model.block,
+    stem=config.model.stem,
+    dtype=jnp.dtype(config.model.dtype),
+  )
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict, *, images: int
+) -> tuple[optax.GradientTransformation, optax.Schedule, int]:
+  """LARS, its schedule, and the number of steps.
+
+  Args:
+    config: of the run.
+    images: in an epoch of training.
+  """
+  steps = math.ceil(config.epochs * images / config.batch_size)
+  schedule = conadv.polynomial_warmup(
+    config.lars.peak,
+    round(config.lars.warmup_epochs * images / config.batch_size),
+    steps,
+    power=config.lars.power,
+    end=config.lars.end,
+  )
+  method = methods.METHODS[config.method]
+  is_absa = method.gradient == 'absa'
+  tx = conadv.lars(
+    # The step multiplies ABSA's updates by the schedule.
+    1.0 if is_absa else schedule,
+    weight_decay=config.lars.weight_decay,
+    momentum=config.lars.momentum,
+  )
+  if is_absa:
+    tx = conadv.adaptive_multi_steps(tx)
+  if method.gsnr:
+    tx = optax.chain(conadv.scale_by_gsnr(), tx)
+  return tx, schedule, steps
+
+
+def shardings(
+  config: ml_collections.ConfigDict, state: step.TrainState, mesh: Mesh
+) -> step.TrainState:
+  """Where a state lies: the queue is split like the batch, most else not.
+
+  Args:
+    config: of the run.
+    state: arrays, or their shapes.
+    mesh: the devices.
+  """
+  everywhere = NamedSharding(mesh, P())
+  queue = NamedSharding(mesh, P(None, 'data'))
+  of_images = queue
+  if config.queue_memory == 'host':
+    of_images = queue.with_memory_kind('pinned_host')
+  of_groups = NamedSharding(mesh, P('data'))
+
+  def of_part(part: Any) -> Any:
+    if isinstance(part, conadv.ConAdvState):
+      return conadv.ConAdvState(
+        jax.tree.map(lambda _: everywhere, part.slot),
+        # Labels are small, and TPUs write no part of a vector on the host.
+        jax.tree.map(lambda x: of_images if x.ndim > 2 else queue, part.queue),
+      )
+    if isinstance(part, conadv.PerGroup):
+      return jax.tree.map(lambda _: of_groups, part)
+    return everywhere
+
+  return jax.tree.map(
+    of_part,
+    state,
+    is_leaf=lambda x: isinstance(x, conadv.ConAdvState | conadv.PerGroup),
+  )
+
+
+def describe_state(
+  config: ml_collections.ConfigDict,
+  model: models.ResNet,
+  tx: optax.GradientTransformation,
+  grad_fn: conadv.GradientFunction,
+  mesh: Mesh,
+) -> step.TrainState:
+  """Shapes, dtypes and shardings of the state that `make_state` makes."""
+  batches = [describe_batch(config, mesh)] * grad_fn.staleness
+  state = jax.eval_shape(
+    step.make_state(model, tx, grad_fn, config, mesh),
+    jax.random.key(0),
+    batches,
+  )
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    shardings(config, state, mesh),
+  )
+
+
+def make_state(
+  config: ml_collections.ConfigDict,
+  model: models.ResNet,
+  tx: optax.GradientTransformation,
+  grad_fn: conadv.GradientFunction,
+  mesh: Mesh,
+  first_batches: list[step.Batch],
+  described: step.TrainState,
+) -> step.TrainState:
+  """The state before the first step, on all devices, as it is described."""
+  init_fn = step.make_state(model, tx, grad_fn, config, mesh)
+  # Made where it belongs: a queue for the host may be too large to be made on
+  # the device and moved.
+  where = jax.tree.map(lambda x: x.sharding, described)
+  return jax.jit(init_fn, out_shardings=where)(
+    jax.random.key(config.seed), first_batches
+  )
+
+
+def make_step(
+  config: ml_collections.ConfigDict,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  grad_fn: conadv.GradientFunction,
+  state: step.TrainState,
+  mesh: Mesh,
+) -> jax.stages.Compiled:
+  """The compiled step, which replaces the state in place.
+
+  Compiled ahead of the run, it cannot compile again during it: a batch of
+  another shape is an error. Of the state only shapes, dtypes and shardings
+  are read, so that it compiles for devices that are not there too.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  jitted = jax.jit(
+    step.make_step(grad_fn, tx, schedule, config, mesh),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  return jitted.lower(state, describe_batch(config, mesh)).compile()
+
+
+def report(
+  record: metrics.Record, workdir: Path, *, skipped: jpeg.Skipped
+) -> None:
+  """Draws the curves, and prints the result and where everything is."""
+  final = record.rows[-1]
+  metrics.draw(workdir / 'curves.png', record.rows)
+  for path, reason in skipped.items():
+    print(f'Skipped {path}: {reason}.')
+  print(
+    f'{final["held_out_accuracy"]:.2%} of {final["held_out_images"]:.0f} '
+    f'held-out images right after {final["step"]:.0f} steps.\n'
+    f'  curves       {workdir}/curves.png\n'
+    f'  metrics      {record.path}\n'
+    f'  TensorBoard  {workdir}/tensorboard\n'
+    f'  checkpoints  {workdir}/checkpoints'
+  )
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
+  """Trains, from the newest checkpoint in the work folder if there is one.
+
+  Args:
+    config: of the run; see `reference/configs`.
+    workdir: receives checkpoints, metrics and the figure.
+
+  Returns:
+    The last row of the metrics: held-out accuracy and all else by name.
+
+  Raises:
+    ValueError: for a config that cannot run, or a work folder of another.
+    FloatingPointError: when a loss or a norm is no longer finite.
+    OSError: when a checkpoint cannot be written.
+    SystemExit: with status `hosts.PREEMPTED` after SIGTERM, once the step under
+      way is done and saved.
+  """
+  # Now, as files may change while the run goes on.
+  software = hosts.software()
+  hosts.check_alike(
+    {'workdir': str(workdir), **checkpoint.fields(config), **software}
+  )
+  checks.check_choices(config)
+  checks.check_numbers(config)
+  checks.check_channels(config)
+  mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
+  checks.check_groups(config, mesh)
+  checks.check_queue(config, mesh)
+  place = make_placement(mesh)
+  skipped: jpeg.Skipped = {}
+  held_out_skipped: jpeg.Skipped = {}
+  with contextlib.ExitStack() as stack:
+    hosts.check_shared(workdir)
+    checkpoint.check_config(workdir, config)
+    source = sources.open_source(config.data)
+    checks.check_classes(config, source.num_classes)
+    hosts.check_alike(
+      {
+        'training images': len(source.train),
+        'held-out images': len(source.held_out),
+        'classes': source.num_classes,
+      }
+    )
+    part: dict[str, int] = {
+      'host': jax.process_index(),
+      'hosts': jax.process_count(),
+    }
+    batches = input_pipeline.train_batches(
+      source,
+      config,
+      skipped=skipped,
+      images=methods.METHODS[config.method].images,
+      **part,
+    )
+    stack.callback(batches.close)
+
+    model = make_model(config, num_classes=source.num_classes)
+    tx, schedule, steps = make_optimizer(config, images=len(source.train))
+    grad_fn = methods.make_gradient(model, config, mesh)
+    # Of a run that resumes, one state is in memory, not two.
+    described = describe_state(config, model, tx, grad_fn, mesh)
+    state = checkpoint.restore(workdir, described, batches, software)
+    if state is None:
+      first = [place(next(batches)) for _ in range(grad_fn.staleness)]
+      state = make_state(config, model, tx, grad_fn, mesh, first, described)
+      del first
+    done = int(state.step)
+    manager = stack.enter_context(
+      checkpoint.open_manager(workdir, keep=config.run.keep)
+    )
+    if hosts.is_first():
+      print(
+        f'{config.name}, {config.method}: {len(source.train)} training and '
+        f'{len(source.held_out)} held-out images in {source.num_classes} '
+        f'classes; batches of {config.batch_size} on {mesh.size} '
+        f'{jax.default_backend()} device(s), {config.accumulate} '
+        f'micro-batch(es) each; {done} of {steps} steps done.',
+        flush=True,
+      )
+
+    record = metrics.open_record(
+      workdir, last_step=done, write=hosts.is_first()
+    )
+    if record.writer is not None:
+      stack.callback(record.writer.close)
+    evaluate_on = evaluation.make_evaluation(model, config, place)
+
+    def evaluate(state: step.TrainState) -> dict[str, float]:
+      held_out = input_pipeline.held_out_batches(
+        source,
+        config,
+        # What a device holds at once.
+        batch_size=config.batch_size // config.accumulate,
+        skipped=held_out_skipped,
+        **part,
+      )
+      return evaluate_on(state, held_out) | {
+        'held_out_skipped': sum(hosts.gather(len(held_out_skipped)))
+      }
+
+    after_step = None
+    if methods.METHODS[config.method].gradient == 'absa':
+      after_step = absa.make_growth(model, config, source, place, mesh, **part)
+
+    if done < steps:
+      train_step = make_step(config, tx, schedule, grad_fn, state, mesh)
+      with hosts.preemption() as stop:
+        done = loop.run_steps(
+          config,
+          state,
+          steps=steps,
+          train_step=train_step,
+          next_batch=lambda: place(next(batches)),
+          evaluation=evaluate,
+          after_step=after_step,
+          save=lambda state: checkpoint.save(
+            manager, state, batches, config, software
+          ),
+          stop=stop,
+          record=record,
+          skipped=skipped,
+          workdir=workdir,
+        )
+        if done < steps:
+          checkpoint.finish(manager)
+          if hosts.is_first():
+            print(
+              f'Stopped by SIGTERM after step {done} of {steps}. It is saved '
+              f'in {workdir}/checkpoints; the same command resumes from there.',
+              flush=True,
+            )
+          raise SystemExit(hosts.PREEMPTED)
+    else:
+      if hosts.is_first():
+        print('The run is complete: it is only evaluated.')
+      last = (
+        record.rows.pop()
+        if record.rows
+        else {'step': done, 'epoch': config.epochs}
+      )
+      metrics.add(record, {**last, **evaluate(state)})
+    if hosts.is_first():
+      report(record, workdir, skipped=skipped | held_out_skipped)
+  return record.rows[-1]

@@ -1,0 +1,1 @@
+"""Many runs on images in memory, and what they show together."""

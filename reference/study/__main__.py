@@ -1,0 +1,43 @@
+"""Does it help? A grid of methods, batch sizes and seeds.
+
+    python -m reference.study --workdir=runs/study \\
+      --config=reference/configs/study_fashion_mnist.py
+    python -m reference.study.report --csv=runs/study/study.csv --out=runs/study
+
+After a stop or a kill the same command goes on.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from reference.study import grid
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  str(Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'),
+  'The config of the study; --config.FIELD=VALUE overrides a field of it.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Receives study.csv. By default runs/NAME.'
+)
+
+
+def main(argv: list[str]) -> None:
+  """Parses nothing but the flags."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  logging.set_verbosity(logging.WARNING)
+  command = ' '.join(['python -m reference.study', *sys.argv[1:]])
+  workdir = Path(_WORKDIR.value or f'runs/{_CONFIG.value.name}')
+  grid.run(_CONFIG.value, workdir, command=command)
+  print(
+    f'All cells are done: {workdir}/study.csv. Tables and figures: `python -m '
+    f'reference.study.report --csv={workdir}/study.csv --out={workdir}`.'
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)

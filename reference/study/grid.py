@@ -1,0 +1,238 @@
+"""The grid of a study: its cells, and running those that have no row yet.
+
+Every cell runs the main job's step. First each variant is tried with the same
+number of peak learning rates at each batch size, judged by the validation
+images. Then it runs with the best of them and every seed, measured on the test
+images. A cell's row is written to the CSV when it is done, and a cell that has
+its row is not run again: after a stop or a kill the same command goes on.
+"""
+
+import csv
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import tqdm
+
+from reference.configs import methods
+from reference.run import checkpoint
+from reference.study import cell as study_cell
+from reference.study import record
+
+
+class Cell(NamedTuple):
+  """A run of the grid.
+
+  Attributes:
+    variant: a name in `study.overrides`.
+    batch_size: images a step.
+    peak: the largest learning rate.
+    seed: of model, order and attack.
+    final: whether it is measured on the test images, or is a trial.
+  """
+
+  variant: str
+  batch_size: int
+  peak: float
+  seed: int
+  final: bool
+
+
+def cell_config(
+  config: ml_collections.ConfigDict, cell: Cell
+) -> ml_collections.ConfigDict:
+  """The config of one run, which `reference.main` takes too."""
+  config = config.copy_and_resolve_references()
+  config.update(config.study.overrides[cell.variant])
+  config.batch_size, config.seed = cell.batch_size, cell.seed
+  config.lars.peak = float(cell.peak)
+  return config
+
+
+def identify(config: ml_collections.ConfigDict, cell: Cell) -> str:
+  """A short name of all that a cell's result depends on."""
+  grid = ('batch_sizes', 'peaks', 'seeds', 'variants', 'ablations', 'at_once')
+  left_out = ('run.', 'study.overrides.', *(f'study.{name}' for name in grid))
+  # A method that joins the others later makes no other cell of this one.
+  defaults = checkpoint.fields(
+    ml_collections.ConfigDict({'methods': methods.make_section()})
+  )
+  fields = {
+    name: value
+    for name, value in checkpoint.fields(cell_config(config, cell)).items()
+    if not name.startswith(left_out) and defaults.get(name) != value
+  }
+  text = json.dumps([fields, cell.final], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def trials(config: ml_collections.ConfigDict) -> list[Cell]:
+  """Every peak of every variant at every batch size, once.
+
+  Where there is one peak alone there is nothing to choose.
+  """
+  return [
+    Cell(variant, batch_size, peak, 0, final=False)
+    for batch_size, peaks in zip(
+      config.study.batch_sizes, config.study.peaks, strict=True
+    )
+    # Cells that are run at once are of different programs: none waits for the
+    # other's compilation.
+    for peak in peaks
+    for variant in config.study.variants
+    if len(peaks) > 1
+  ]
+
+
+def finals(
+  config: ml_collections.ConfigDict, accuracies: dict[Cell, float]
+) -> list[Cell]:
+  """Every variant with its best peak, seed by seed.
+
+  An ablation runs at the largest batch, with the peak of what it is one of.
+
+  Args:
+    config: of the study.
+    accuracies: of the trials, on the validation images.
+  """
+  study = config.study
+  sizes = list(zip(study.batch_sizes, study.peaks, strict=True))
+  chosen = []
+  for batch_size, peaks in sizes:
+    for variant in study.variants:
+      peak = max(
+        peaks,
+        key=lambda peak: accuracies.get(
+          Cell(variant, batch_size, peak, 0, final=False), 0.0
+        ),
+      )
+      chosen.append((variant, batch_size, peak))
+  largest = max(study.batch_sizes)
+  chosen += [
+    (ablation, largest, peak)
+    for ablation, parent in study.ablations.items()
+    for variant, batch_size, peak in chosen
+    if (variant, batch_size) == (parent, largest)
+  ]
+  return [
+    Cell(*cell, seed, final=True)
+    for seed in range(study.seeds)
+    for cell in chosen
+  ]
+
+
+def run(
+  config: ml_collections.ConfigDict, workdir: Path, *, command: str
+) -> list[record.Row]:
+  """Runs what has no row yet, and returns all rows.
+
+  Args:
+    config: of the study.
+    workdir: receives study.csv.
+    command: that repeats it, for the CSV.
+
+  Raises:
+    ValueError: for a config that cannot run, or a CSV of other columns.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / 'study.csv'
+  rows = record.read_rows(path)
+  record.write_rows(path, rows)
+  data = study_cell.load(config)
+  measures = study_cell.make_measures(config, data.num_classes)
+  devices = jax.devices()
+  about = {'command': command, **record.describe_machine(devices)}
+  programs: dict[Any, Future[study_cell.Program]] = {}
+  asking, writing = threading.Lock(), threading.Lock()
+  free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
+  for _ in range(config.study.at_once):
+    for device in devices:
+      free.put(device)
+
+  def program_of(
+    config: ml_collections.ConfigDict, device: jax.Device
+  ) -> study_cell.Program:
+    fields = checkpoint.fields(config)
+    static = tuple(
+      (name, str(value))
+      for name, value in fields.items()
+      if name not in ('seed', *study_cell.TRACED)
+    )
+    with asking:
+      is_first = (static, device) not in programs
+      program = programs.setdefault((static, device), Future())
+    # Others go on meanwhile, and compile programs of their own.
+    if is_first:
+      try:
+        program.set_result(study_cell.make_program(config, data, device))
+      except BaseException as error:
+        program.set_exception(error)
+    return program.result()
+
+  def run_cell(cell: Cell) -> None:
+    of_cell = cell_config(config, cell)
+    device = free.get()
+    try:
+      result = study_cell.run(
+        of_cell,
+        program_of(of_cell, device),
+        measures,
+        data,
+        final=cell.final,
+      )
+    finally:
+      free.put(device)
+    row = {
+      'cell': identify(config, cell),
+      'study': config.name,
+      'kind': 'final' if cell.final else 'trial',
+      **cell._asdict(),
+      'method': of_cell.method,
+      'epsilon': of_cell.attack.epsilon,
+      'targets': of_cell.methods.conadv.targets,
+      'adversarial_fraction': of_cell.methods.conadv.adversarial_fraction,
+      'augmentation': of_cell.data.crop,
+      'epochs': of_cell.epochs,
+      'train_images': len(data.train.labels),
+      **result,
+      **about,
+    }
+    del row['final']
+    with writing:
+      rows.append(row)
+      with path.open('a', newline='') as file:
+        csv.DictWriter(file, record.FIELDS, lineterminator='\n').writerow(row)
+      bar.write(record.describe(row))
+      bar.update()
+
+  def run_all(cells: Sequence[Cell]) -> None:
+    done = {row['cell'] for row in rows}
+    left = [cell for cell in cells if identify(config, cell) not in done]
+    bar.update(len(cells) - len(left))
+    with ThreadPoolExecutor(free.qsize()) as pool:
+      futures = [pool.submit(run_cell, cell) for cell in left]
+      try:
+        for future in futures:
+          future.result()
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+  tried = trials(config)
+  total = len(tried) + len(finals(config, {}))
+  with tqdm.tqdm(total=total, unit='cell', dynamic_ncols=True) as bar:
+    run_all(tried)
+    found = {row['cell']: row for row in rows}
+    accuracies = {
+      cell: float(found[identify(config, cell)].get('accuracy') or 0)
+      for cell in tried
+    }
+    run_all(finals(config, accuracies))
+  return rows

@@ -1,0 +1,245 @@
+"""Tables and figures of a study, from its CSV alone.
+
+    python -m reference.study.report --csv=runs/study/study.csv --out=runs/study
+
+prints Markdown and draws into the folder. Differences are between runs of the
+same seed, which see the same images in the same order from the same parameters.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from reference.study import plots, results
+from reference.tools import pages
+
+# What a variant is compared with, and what the comparison is about.
+COMPARISONS = (
+  ('conadv', 'vanilla', 'ConAdv against vanilla'),
+  ('advprop', 'vanilla', 'AdvProp against vanilla'),
+  ('conadv_reuse', 'vanilla', 'reused gradient against vanilla'),
+  ('conadv_reuse', 'conadv', 'reused gradient against an attack pass'),
+  (
+    'conadv_reuse_same_peak',
+    'conadv',
+    'the same with the peak of the attack pass',
+  ),
+  ('conadv', 'advprop', 'staleness 1 against 0'),
+  ('conadv', 'advprop_same_peak', 'the same with the peak of staleness 1'),
+  (
+    'conadv_peak_of_advprop',
+    'advprop',
+    'the same with the peak of staleness 0',
+  ),
+  ('conadv_tau_4', 'conadv', 'staleness 4 against 1'),
+  ('conadv_fraction', 'conadv', 'a fifth attacked against all'),
+  ('augmentation', 'vanilla', 'augmentation against vanilla'),
+  ('conadv_augmentation', 'augmentation', 'ConAdv on top of augmentation'),
+  ('batch_augment', 'vanilla', 'batch augmentation against vanilla'),
+  ('sam', 'vanilla', 'SAM against vanilla'),
+  ('vrgd', 'vanilla', 'VRGD against vanilla'),
+)
+_NO_BREAK = '\N{NO-BREAK SPACE}'
+
+
+def mean_text(numbers: Sequence[float], scale: float, digits: int) -> str:
+  """Mean and sample standard deviation, as 87.42 ± 0.15 on one line."""
+  if not numbers:
+    return ''
+  mean = f'{scale * statistics.fmean(numbers):.{digits}f}'
+  if len(numbers) == 1:
+    return mean
+  spread = f'{scale * statistics.stdev(numbers):.{digits}f}'
+  return f'{mean}{_NO_BREAK}±{_NO_BREAK}{spread}'
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+  """Markdown."""
+  return '\n'.join(
+    '| ' + ' | '.join(line) + ' |'
+    for line in (header, ['---'] * len(header), *lines)
+  )
+
+
+def accuracy_table(groups: results.Groups, batch_size: int) -> str:
+  """A line for each variant at a batch size."""
+  lines = []
+  plain = statistics.median(
+    results.values(groups.get(('vanilla', batch_size), []), 'seconds_a_step')
+    or [1.0]
+  )
+  for (variant, size), rows in groups.items():
+    if size != batch_size:
+      continue
+    seconds = results.values(rows, 'seconds_a_step')
+    lines.append(
+      (
+        f'`{variant}`',
+        f'{rows[0]["peak"]:g}',
+        f'{len(results.values(rows, "accuracy"))}',
+        mean_text(results.values(rows, 'accuracy'), 100, 2),
+        mean_text(results.values(rows, 'train_accuracy'), 100, 2),
+        mean_text(results.values(rows, 'gap'), 100, 2),
+        mean_text(results.values(rows, 'robust_accuracy'), 100, 1),
+        mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
+        f'{statistics.median(seconds) / plain:.2f}' if seconds else '',
+        mean_text(results.values(rows, 'loss_main'), 1, 3),
+        mean_text(results.values(rows, 'loss_adversarial'), 1, 3),
+      )
+    )
+  return table(
+    (
+      'variant',
+      'peak',
+      'n',
+      'test, %',
+      'training, %',
+      'gap',
+      'PGD-20, %',
+      'eigenvalue',
+      's / plain',
+      'clean loss',
+      'adversarial loss',
+    ),
+    lines,
+  )
+
+
+def comparison_table(groups: results.Groups) -> str:
+  """The claims: differences of test accuracy and their spread."""
+  lines = []
+  for batch_size in sorted({size for _, size in groups}):
+    for first, second, claim in COMPARISONS:
+      found = results.differences(
+        groups.get((first, batch_size), []),
+        groups.get((second, batch_size), []),
+      )
+      if not found:
+        continue
+      error = (
+        f'{100 * statistics.stdev(found) / math.sqrt(len(found)):.2f}'
+        if len(found) > 1
+        else ''
+      )
+      lines.append(
+        (
+          claim,
+          f'{batch_size:,}',
+          f'{len(found)}',
+          f'{100 * statistics.fmean(found):+.2f}',
+          error,
+          f'{100 * min(found):+.2f} to {100 * max(found):+.2f}',
+        )
+      )
+  return table(
+    (
+      'test accuracy, points',
+      'batch',
+      'seeds',
+      'mean difference',
+      'its standard error',
+      'from seed to seed',
+    ),
+    lines,
+  )
+
+
+def trial_table(rows: Iterable[results.Row]) -> str:
+  """Validation accuracy of every peak that was tried."""
+  tried: dict[results.Group, list[str]] = {}
+  for row in sorted(rows, key=lambda row: row['peak']):
+    if row['kind'] == 'trial':
+      accuracy = f'{100 * row["accuracy"]:.2f}' if 'accuracy' in row else '-'
+      group = row['variant'], int(row['batch_size'])
+      tried.setdefault(group, []).append(f'{row["peak"]:g}: {accuracy}')
+  return table(
+    ('variant', 'batch', 'peak: validation, %'),
+    [
+      (f'`{variant}`', f'{batch_size:,}', ', '.join(cells))
+      for (variant, batch_size), cells in tried.items()
+    ],
+  )
+
+
+def effect_table(found: list[list[results.Row]]) -> str:
+  """A line for each variant of an ablation."""
+  return table(
+    (
+      'variant',
+      'staleness',
+      'epsilon',
+      'peak',
+      'n',
+      'test, %',
+      'training, %',
+      'adversarial loss',
+    ),
+    [
+      (
+        f'`{rows[0]["variant"]}`',
+        f'{rows[0]["staleness"]:.0f}',
+        f'{rows[0]["epsilon"]:g}',
+        f'{rows[0]["peak"]:g}',
+        f'{len(results.values(rows, "accuracy"))}',
+        mean_text(results.values(rows, 'accuracy'), 100, 2),
+        mean_text(results.values(rows, 'train_accuracy'), 100, 2),
+        mean_text(results.values(rows, 'loss_adversarial'), 1, 3),
+      )
+      for rows in found
+    ],
+  )
+
+
+def report(rows: Sequence[results.Row]) -> str:
+  """All tables, as Markdown."""
+  groups = results.finals(rows)
+  parts = []
+  for batch_size in sorted({size for _, size in groups}):
+    parts += [f'### Batch {batch_size:,}', accuracy_table(groups, batch_size)]
+  parts += ['### Differences', comparison_table(groups)]
+  if groups:
+    for name, found in results.effects(groups).items():
+      if len(found) > 1:
+        parts += [f'### Effect of {name}', effect_table(found)]
+  parts += ['### Trials', trial_table(rows)]
+  return '\n\n'.join(parts)
+
+
+def draw(rows: Sequence[results.Row], folder: Path) -> None:
+  """All figures, each for light and for dark pages."""
+  groups = results.finals(x for x in rows if 'accuracy' in x)
+  if not groups:
+    return
+  name = next(iter(groups.values()))[0]['study']
+
+  def save(
+    what: str, draw: Callable[..., None], *args: Any, width: float
+  ) -> None:
+    pages.save(folder / f'{name}_{what}', draw, *args, size=(width, 3.6))
+
+  save('accuracy', plots.accuracy, groups, width=7.5)
+  save('time', plots.time, groups, width=9.5)
+  plain = groups.get(('vanilla', max(size for _, size in groups)), [])
+  for field in ('staleness', 'epsilon'):
+    found = results.effects(groups)[field]
+    if len(found) > 1:
+      save(field, plots.effect, found, field, plain, width=7.5)
+
+
+def main(argv: list[str]) -> None:
+  """Reads, prints, draws."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  rows = results.read(Path(_CSV.value))
+  print(report(rows))
+  draw(rows, Path(_OUT.value))
+
+
+if __name__ == '__main__':
+  _CSV = flags.DEFINE_string('csv', 'runs/study/study.csv', 'What study wrote.')
+  _OUT = flags.DEFINE_string('out', 'runs/study', 'Receives the figures.')
+  app.run(main)

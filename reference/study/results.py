@@ -1,0 +1,101 @@
+"""What the rows of a study say: groups of seeds, and what is compared."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from reference.study import record
+from reference.tools import tables
+
+Row = record.Row
+# A variant at a batch size, and its rows by seed.
+Group = tuple[str, int]
+Groups = dict[Group, list[Row]]
+
+_WHAT_AN_ABLATION_CHANGES = (
+  'method',
+  'staleness',
+  'epsilon',
+  'targets',
+  'adversarial_fraction',
+  'augmentation',
+)
+
+
+def read(path: Path) -> list[Row]:
+  """The rows, numbers as such; what a row does not have is left out."""
+  return [
+    {name: tables.to_number(text) for name, text in row.items() if text}
+    for row in record.read_rows(path)
+  ]
+
+
+def finals(rows: Iterable[Row]) -> Groups:
+  """The rows measured on the test images by (variant, batch size), by seed.
+
+  Raises:
+    ValueError: when a seed stands twice, as the mean would mix two studies.
+  """
+  groups: Groups = {}
+  for row in sorted(
+    (x for x in rows if x['kind'] == 'final'), key=lambda x: x['seed']
+  ):
+    group = groups.setdefault((row['variant'], int(row['batch_size'])), [])
+    if group and group[-1]['seed'] == row['seed']:
+      raise ValueError(
+        f'A mean is over seeds. {row["variant"]} at batch '
+        f'{row["batch_size"]:.0f} has two rows of seed {row["seed"]:.0f}. '
+        'Likely the config changed between two runs in one work folder: keep '
+        'the rows of one `epochs`, `train_images` and `peak`.'
+      )
+    group.append(row)
+  return groups
+
+
+def values(rows: Iterable[Row], name: str) -> list[float]:
+  """A column of the rows that have it."""
+  return [row[name] for row in rows if name in row]
+
+
+def differences(first: Sequence[Row], second: Sequence[Row]) -> list[float]:
+  """Of the test accuracies, seed by seed."""
+  others = {row['seed']: row['accuracy'] for row in second if 'accuracy' in row}
+  return [
+    row['accuracy'] - others[row['seed']]
+    for row in first
+    if 'accuracy' in row and row['seed'] in others
+  ]
+
+
+def ablation(groups: Groups, parent: str, *fields: str) -> list[list[Row]]:
+  """At the largest batch, what is like the parent but in these fields.
+
+  That is with the parent's peak: another would have an effect of its own.
+  """
+  largest = max(size for _, size in groups)
+  like = groups.get((parent, largest))
+  if like is None:
+    return []
+  same = ['peak', *(x for x in _WHAT_AN_ABLATION_CHANGES if x not in fields)]
+  return sorted(
+    (
+      rows
+      for (_, size), rows in groups.items()
+      if size == largest
+      and all(rows[0].get(name) == like[0].get(name) for name in same)
+    ),
+    key=lambda rows: [str(rows[0].get(x, '')).zfill(6) for x in fields],
+  )
+
+
+def effects(groups: Groups) -> dict[str, list[list[Row]]]:
+  """What the figures and tables of single fields show."""
+  return {
+    'staleness': [
+      rows
+      for rows in ablation(groups, 'conadv', 'staleness', 'method')
+      if rows[0]['method'] in ('advprop', 'conadv')
+    ],
+    'epsilon': ablation(groups, 'conadv', 'epsilon'),
+    'targets': ablation(groups, 'conadv', 'targets'),
+    'reuse': ablation(groups, 'conadv_reuse', 'staleness', 'epsilon'),
+  }

@@ -1,0 +1,1 @@
+"""What commands beside the main one are made of."""

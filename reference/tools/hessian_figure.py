@@ -1,0 +1,153 @@
+"""The spectral density of the Hessian of a trained model, as a figure.
+
+    python -m reference.tools.hessian_figure --workdir=runs/digits_conadv
+
+It reads the newest checkpoint of the work folder, whose config must be given as
+it was to `reference.main`, and takes the loss of one training batch, with the
+main branch's norm layers in evaluation mode.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import app, flags, logging
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from ml_collections import config_flags
+
+from conadv_optax import hessian
+from reference.data import input_pipeline, sources
+from reference.run import checkpoint, models, objective, step, train
+
+_FLOOR = 1e-6
+
+
+def load(
+  config: ml_collections.ConfigDict, workdir: Path
+) -> tuple[models.ResNet, Any, Any, step.Batch]:
+  """The model, its parameters and statistics, and a training batch.
+
+  Raises:
+    ValueError: when the work folder holds no checkpoint, or one of another
+      config.
+  """
+  place = train.make_placement(train.make_mesh(config.batch_size))
+  source = sources.open_source(config.data)
+  batches = input_pipeline.train_batches(source, config, skipped={})
+  batch = place(next(batches))
+  batches.close()
+  checkpoint.check_config(workdir, config)
+  with checkpoint.open_reader(workdir) as reader:
+    newest = reader.latest_step()
+    if newest is None:
+      raise ValueError(
+        f'The Hessian is that of a trained model, and {workdir} holds no '
+        'checkpoint. Train one first: `python -m reference.main '
+        f'--workdir={workdir}`.'
+      )
+    state = reader.restore(
+      newest, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+    ).state
+  # Read without its types, a branched tree is a dict.
+  params, batch_stats = (
+    tree.get('main', tree) for tree in (state['params'], state['model_state'])
+  )
+  model = train.make_model(config, num_classes=source.num_classes)
+  return model, params, batch_stats, batch
+
+
+def analyse(
+  config: ml_collections.ConfigDict,
+  model: models.ResNet,
+  params: Any,
+  batch_stats: Any,
+  batch: step.Batch,
+  *,
+  degree: int,
+  probes: int,
+  micro_batches: int,
+) -> hessian.Spectrum:
+  """The spectral density of the Hessian; its last node is the largest value."""
+  loss_fn = objective.make_evaluation_loss(model, config)
+  # As one array: what Lanczos does to a vector is compiled for every leaf.
+  flat, unravel = jax.flatten_util.ravel_pytree(params)
+
+  @jax.jit
+  def spectrum(flat: jax.Array, batch: step.Batch) -> hessian.Spectrum:
+    matvec = hessian.operator(
+      lambda flat, batch: loss_fn(unravel(flat), batch_stats, batch),
+      flat,
+      batch,
+      micro_batches=micro_batches,
+    )
+    return hessian.spectral_density(
+      matvec, flat, key=jax.random.key(0), degree=degree, probes=probes
+    )
+
+  return spectrum(flat, batch)
+
+
+def plot(axes: Axes, spectrum: hessian.Spectrum) -> None:
+  """The density of the eigenvalues on a logarithmic axis."""
+  low, high = float(spectrum.nodes.min()), float(spectrum.nodes.max())
+  margin = 0.02 * max(high - low, 1.0)
+  # Several points to each Gaussian, whose width is a few thousandths at least.
+  grid = np.linspace(low - margin, high + margin, 2000, dtype=np.float32)
+  density = hessian.smoothed_density(spectrum, jnp.asarray(grid))
+  drawn = np.maximum(density, _FLOOR)
+  axes.semilogy(grid, drawn, color='tab:blue')
+  axes.fill_between(grid, _FLOOR, drawn, color='tab:blue', alpha=0.2)
+  axes.set(xlabel='eigenvalue', ylabel='density', ylim=(_FLOOR, None))
+  axes.grid(alpha=0.3)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
+def draw(path: Path, spectrum: hessian.Spectrum, *, title: str = '') -> None:
+  """Writes the plot as an image."""
+  figure = Figure(figsize=(6, 3.6), layout='constrained')
+  axes = figure.subplots()
+  plot(axes, spectrum)
+  axes.set_title(title)
+  figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str]) -> None:
+  """Loads, analyses, draws."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  logging.set_verbosity(logging.WARNING)
+  workdir = Path(_WORKDIR.value)
+  spectrum = analyse(
+    _CONFIG.value,
+    *load(_CONFIG.value, workdir),
+    degree=_DEGREE.value,
+    probes=_PROBES.value,
+    micro_batches=_MICRO_BATCHES.value,
+  )
+  draw(workdir / 'spectrum.png', spectrum, title=workdir.name)
+  print(
+    f'The spectrum goes from {float(spectrum.nodes.min()):.4g} to '
+    f'{float(spectrum.nodes.max()):.4g}.\n  figure  {workdir}/spectrum.png'
+  )
+
+
+if __name__ == '__main__':
+  # Here, because `reference.main` defines flags of the same names.
+  _CONFIG = config_flags.DEFINE_config_file(
+    'config',
+    str(Path(__file__).parents[1] / 'configs' / 'digits.py'),
+    'The config of the run, as it was given to `reference.main`.',
+  )
+  _WORKDIR = flags.DEFINE_string(
+    'workdir', 'runs/digits_conadv', 'The work folder of the run.'
+  )
+  _DEGREE = flags.DEFINE_integer('degree', 64, 'Products of a probe.')
+  _PROBES = flags.DEFINE_integer('probes', 4, 'Random starts.')
+  _MICRO_BATCHES = flags.DEFINE_integer('micro_batches', 1, 'Parts of a batch.')
+  app.run(main)

@@ -1,0 +1,273 @@
+"""Kills, damage and a full disk: what a run comes back from, and how."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from run_folders import assert_equal, read_csv, saved, steps_saved
+from tiny_runs import make_targets, tiny
+
+import conadv_optax as conadv
+from reference.run import checkpoint, hosts, train
+
+ROOT = Path(__file__).parents[2]
+SOFTWARE = hosts.software()
+# Orbax leaves reads behind that nobody waits for, once one of them has failed.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+FLAGS = [
+  '--config.batch_size=16',
+  '--config.epochs=0.8',  # 72 steps
+  '--config.lars.warmup_epochs=0.1',
+  '--config.model.stage_sizes=(1,)',
+  '--config.model.filters=4',
+  '--config.run.log_every=1',
+  '--config.run.checkpoint_every=2',
+  '--config.run.evaluate_every=18',
+]
+
+
+def start(*command, **options):
+  return subprocess.run(
+    [sys.executable, *command],
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    **options,
+  )
+
+
+def hashes(folder):
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).digest()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }
+
+
+def rows_without_speed(workdir):
+  rows = read_csv(workdir)
+  for row in rows:
+    del row['images_per_second']
+  return rows
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A complete run that kept the checkpoints of steps 2, 4 and 6."""
+  workdir = tmp_path_factory.mktemp('whole')
+  train.train(tiny(steps=6, **{'run.keep': 3}), workdir)
+  return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+  copy = tmp_path / 'work'
+  shutil.copytree(whole, copy)
+  return copy
+
+
+@pytest.fixture(scope='module')
+def targets():
+  state, batches = make_targets(tiny(steps=6))
+  yield state, batches
+  batches.close()
+
+
+def test_ten_kills_leave_no_trace(tmp_path):
+  result = start(str(ROOT / 'tests/support/killed_runs.py'), tmp_path, *FLAGS)
+  assert result.returncode == 0, result.stderr
+  left, right = tmp_path / 'killed', tmp_path / 'whole'
+  assert steps_saved(left) == steps_saved(right) == [70, 72]
+  for number in (70, 72):
+    state, position = saved(left, number)
+    expected_state, expected_position = saved(right, number)
+    assert_equal(state, expected_state)
+    assert position == expected_position
+  assert rows_without_speed(left) == rows_without_speed(right)
+  assert [float(row['step']) for row in read_csv(left)] == [*range(1, 73)]
+  # Nothing that was half written stays, and none was taken to be damaged.
+  assert {path.name for path in (left / 'checkpoints').iterdir()} == {
+    '70',
+    '72',
+  }
+  assert not (left / 'damaged_checkpoints').exists()
+  resumed = [
+    int(line.split('; ')[-1].split()[0])
+    for line in result.stdout.splitlines()
+    if line.endswith('steps done.')
+  ]
+  assert len(resumed) == 12
+  assert resumed == sorted(resumed)
+  assert resumed[-1] >= 10
+
+
+def halve(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def largest(folder):
+  return max(folder.glob('state/d/*'), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+  'truncated arrays': lambda x: halve(largest(x)),
+  'a bit of the arrays': lambda x: flip(largest(x)),
+  'empty arrays': lambda x: largest(x).write_bytes(b''),
+  'no arrays': lambda x: shutil.rmtree(x / 'state' / 'd'),
+  'truncated manifest': lambda x: halve(x / 'state' / 'manifest.ocdbt'),
+  'no manifest': lambda x: (x / 'state' / 'manifest.ocdbt').unlink(),
+  'truncated metadata': lambda x: halve(x / 'state' / '_METADATA'),
+  'no metadata': lambda x: (x / 'state' / '_METADATA').unlink(),
+  'no state': lambda x: shutil.rmtree(x / 'state'),
+  'truncated position': lambda x: halve(x / 'data' / 'process_0-of-1.json'),
+  'no position': lambda x: (x / 'data' / 'process_0-of-1.json').unlink(),
+  'no data': lambda x: shutil.rmtree(x / 'data'),
+  'nothing at all': lambda x: [
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in x.iterdir()
+  ],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(damage, workdir, targets, capsys):
+  state, batches = targets
+  DAMAGE[damage](workdir / 'checkpoints' / '6')
+  before = hashes(workdir / 'checkpoints' / '6')
+  restored = checkpoint.restore(workdir, state, batches, SOFTWARE)
+  expected_state, expected_position = saved(workdir, 4)
+  assert_equal(
+    conadv.dual_bn.main(restored.params), expected_state['params']['main']
+  )
+  assert int(restored.step) == 4
+  position = json.loads(json.dumps(batches.get_state()))
+  assert position == json.loads(expected_position)
+  assert steps_saved(workdir) == [2, 4]
+  assert hashes(workdir / 'damaged_checkpoints' / '6') == before
+  said = capsys.readouterr().out
+  assert 'step 6 is damaged' in said
+  assert f'{workdir}/damaged_checkpoints/6' in said
+  assert 'resumes from step 4' in said
+
+
+def test_a_run_goes_on_exactly_after_damage(whole, workdir, capsys):
+  for number in (4, 6):
+    DAMAGE['no position'](workdir / 'checkpoints' / str(number))
+  # The config is read before the rest is.
+  (workdir / 'checkpoints' / '6' / 'config' / 'metadata').write_text('{')
+  train.train(tiny(steps=6, **{'run.keep': 3}), workdir)
+  assert '2 of 6 steps done' in capsys.readouterr().out
+  assert steps_saved(workdir) == [2, 4, 6]
+  for number in (4, 6):
+    state, position = saved(workdir, number)
+    expected_state, expected_position = saved(whole, number)
+    assert_equal(state, expected_state)
+    assert position == expected_position
+  assert rows_without_speed(workdir) == rows_without_speed(whole)
+
+
+def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(workdir, targets):
+  (workdir / 'damaged_checkpoints' / '6').mkdir(parents=True)
+  DAMAGE['no manifest'](workdir / 'checkpoints' / '6')
+  checkpoint.restore(workdir, *targets, SOFTWARE)
+  kept = workdir / 'damaged_checkpoints'
+  assert sorted(path.name for path in kept.iterdir()) == ['6', '6_2']
+  assert not any((kept / '6').iterdir())
+
+
+def test_nothing_is_moved_where_all_are_damaged(workdir):
+  for number in (2, 4, 6):
+    DAMAGE['truncated arrays'](workdir / 'checkpoints' / str(number))
+  before = hashes(workdir)
+  with pytest.raises(ValueError, match='one checkpoint must be whole') as error:
+    train.train(tiny(steps=6), workdir)
+  assert hashes(workdir) == before
+  lines = str(error.value).splitlines()
+  assert [line.split(':')[0].strip() for line in lines[1:4]] == [
+    'step 6',
+    'step 4',
+    'step 2',
+  ]
+  assert '--workdir=' in lines[-1]
+
+
+def test_other_software_is_named(workdir, targets, capsys):
+  checkpoint.restore(workdir, *targets, SOFTWARE)
+  assert 'has changed' not in capsys.readouterr().out
+  checkpoint.restore(workdir, *targets, SOFTWARE | {'grain': '0.0'})
+  version = importlib.metadata.version('grain')
+  assert f'has changed: grain {version} -> 0.0. The' in capsys.readouterr().out
+
+
+def test_a_run_that_resumes_holds_one_state(workdir, monkeypatch):
+  def restore(workdir, state, *arguments, restore=checkpoint.restore):
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    return restore(workdir, state, *arguments)
+
+  monkeypatch.setattr(checkpoint, 'restore', restore)
+  train.train(tiny(steps=6), workdir)
+
+
+def test_an_empty_folder_holds_nothing_to_restore(tmp_path, targets):
+  assert checkpoint.restore(tmp_path, *targets, SOFTWARE) is None
+  (tmp_path / 'checkpoints').mkdir()
+  assert checkpoint.restore(tmp_path, *targets, SOFTWARE) is None
+
+
+def test_another_number_of_processes_is_refused(workdir, monkeypatch):
+  monkeypatch.setattr(checkpoint.jax, 'process_count', lambda: 2, raising=True)
+  monkeypatch.setattr(checkpoint.hosts, 'gather', lambda value: [value] * 2)
+  with pytest.raises(ValueError, match='processes: given 2, stored 1'):
+    checkpoint.check_config(workdir, tiny(steps=6))
+
+
+def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
+  flags = [*FLAGS, f'--workdir={tmp_path}', '--config.run.keep=1']
+  code = (
+    'import os, signal\n'
+    'from absl import app\n'
+    'from reference import main\n'
+    'from reference.run import loop\n'
+    'def fetch(*arguments, done, fetch=loop.fetch, **keywords):\n'
+    '  if done == 6:\n'
+    '    os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  return fetch(*arguments, done=done, **keywords)\n'
+    'loop.fetch = fetch\n'
+    'app.run(main.main)\n'
+  )
+  first = start('-c', code, *flags, '--config.run.checkpoint_every=90')
+  assert first.returncode == 128 + signal.SIGTERM, first.stderr
+  [number] = steps_saved(tmp_path)
+  assert f'Stopped by SIGTERM after step {number} of 72' in first.stdout
+  before = hashes(tmp_path / 'checkpoints')
+
+  # No file may have more than 4 KiB, which is less than the arrays need.
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+  result = start('-m', 'reference.main', *flags, preexec_fn=limit)
+  assert result.returncode not in (0, -signal.SIGXFSZ)
+  assert 'A checkpoint could not be written to' in result.stderr
+  assert 'Likely the disk is full' in result.stderr
+  assert f'{number} of 72 steps done' in result.stdout
+  assert steps_saved(tmp_path) == [number]
+  after = hashes(tmp_path / 'checkpoints')
+  assert {name: after[name] for name in before} == before

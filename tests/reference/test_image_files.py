@@ -1,0 +1,224 @@
+"""ImageNet's two tar files: the shards of the folder, and what is refused."""
+
+import io
+import tarfile
+
+import pytest
+from prepared_images import (
+  CLASSES,
+  SHARDS,
+  contents,
+  expected,
+  make_images,
+  make_jpeg,
+  prepare,
+  records,
+)
+
+from reference.data import image_files, preparation
+
+
+@pytest.fixture
+def target(tmp_path):
+  return tmp_path / 'shards'
+
+
+def make_tar(files, *, compressed=False):
+  """A tar file of bytes by name; a `TarInfo` in their place is added as is."""
+  file = io.BytesIO()
+  with tarfile.open(
+    fileobj=file, mode='w:gz' if compressed else 'w'
+  ) as archive:
+    for name, data in files.items():
+      member = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo()
+      member.name = name
+      if member is data:
+        archive.addfile(member)
+      else:
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+  return file.getvalue()
+
+
+def link(kind, to):
+  member = tarfile.TarInfo()
+  member.type, member.linkname = kind, to
+  return member
+
+
+def tar_files():
+  """The training classes' files, the held-out files and their labels."""
+  train = {name: {} for name in CLASSES}
+  held_out = {}
+  for name, data in make_images().items():
+    split, class_name, file = name.split('/')
+    if split == 'train':
+      train[class_name][f'{class_name}_{file}'] = data
+    else:
+      held_out[f'val_{class_name}.JPEG'] = data
+  return train, held_out, list(CLASSES)
+
+
+def write_tars(folder, train, held_out, labels, *, outer=(), compressed=False):
+  folder.mkdir(exist_ok=True)
+  # Classes need not be in order.
+  inner = {
+    f'{name}.tar': x if isinstance(x, bytes) else make_tar(x)
+    for name, x in reversed(train.items())
+  }
+  (folder / image_files.TRAIN_TAR).write_bytes(
+    make_tar({**inner, **dict(outer)}, compressed=compressed)
+  )
+  (folder / image_files.HELD_OUT_TAR).write_bytes(make_tar(held_out))
+  path = folder / 'labels.txt'
+  path.write_text(''.join(f'{label}\n' for label in labels))
+  return {'held_out_labels': path}
+
+
+@pytest.fixture
+def tars(tmp_path):
+  return tmp_path / 'tars'
+
+
+def test_tar_files_give_the_shards_of_the_folder(tars, target):
+  train, held_out, labels = tar_files()
+  held_out = dict(reversed(held_out.items()))
+  manifest = prepare(tars, target, **write_tars(tars, train, held_out, labels))
+  assert manifest.classes == list(CLASSES)
+  assert records(target, 'train') == expected('train')
+  assert records(target, 'held_out') == expected('val')
+
+
+def test_held_out_labels_follow_the_names(tars, target):
+  train, held_out, _ = tar_files()
+  labels = ['n10', 'n01', 'n02']
+  prepare(tars, target, **write_tars(tars, train, held_out, labels))
+  found = [label for label, _ in records(target, 'held_out')]
+  assert found == [2, 0, 1]
+
+
+BAD_MEMBERS = {
+  '../out.JPEG': b'',
+  'a/../../out.JPEG': b'',
+  '/etc/out.JPEG': b'',
+  'symbolic.JPEG': link(tarfile.SYMTYPE, '/etc/passwd'),
+  'hard.JPEG': link(tarfile.LNKTYPE, '../out'),
+  'device.JPEG': link(tarfile.CHRTYPE, ''),
+}
+
+
+@pytest.mark.parametrize('place', ['outer', 'class', 'held_out'])
+@pytest.mark.parametrize('name', BAD_MEMBERS)
+def test_tar_members_that_lead_out_are_refused(name, place, tars, target):
+  train, held_out, labels = tar_files()
+  bad = {name: BAD_MEMBERS[name]}
+  if place == 'class':
+    train['n02'] |= bad
+  elif place == 'held_out':
+    held_out |= bad
+  options = write_tars(
+    tars, train, held_out, labels, outer=bad if place == 'outer' else ()
+  )
+  with pytest.raises(ValueError, match='none outside of its folder') as error:
+    prepare(tars, target, **options)
+  assert repr(name) in str(error.value)
+  assert not target.exists()
+  assert not list(tars.parent.glob('**/*out*'))
+
+
+@pytest.mark.parametrize(
+  'file', [image_files.TRAIN_TAR, image_files.HELD_OUT_TAR]
+)
+def test_a_tar_file_that_broke_off_is_named(file, tars, target):
+  options = write_tars(tars, *tar_files())
+  data = (tars / file).read_bytes()
+  with tarfile.open(tars / file) as archive:
+    last = archive.getmembers()[-1]
+  # What follows the last image is padding.
+  for size in range(0, last.offset_data + last.size + 512, 512):
+    (tars / file).write_bytes(data[:size])
+    with pytest.raises(ValueError, match=f'must be whole.*{file}'):
+      prepare(tars, target, **options)
+  assert not target.exists()
+
+
+def test_a_tar_file_with_a_damaged_header_is_named(tars, target):
+  options = write_tars(tars, *tar_files())
+  path = tars / image_files.HELD_OUT_TAR
+  with tarfile.open(path) as archive:
+    second = archive.getmembers()[1].offset
+  data = path.read_bytes()
+  path.write_bytes(data[:second] + b'x' * 512 + data[second + 512 :])
+  with pytest.raises(ValueError, match=f'must be whole.*no member .*{second}'):
+    prepare(tars, target, **options)
+
+
+@pytest.mark.parametrize('position', ['first', 'last'])
+def test_a_class_that_broke_off_before_it_was_packed(position, tars, target):
+  train, held_out, labels = tar_files()
+  whole = make_tar({f'{index}.JPEG': make_jpeg(index) for index in range(2)})
+  with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+    last = archive.getmembers()[-1]
+  for size in range(512, last.offset_data + last.size + 512, 512):
+    cut = {'n99': whole[:size]}
+    # `write_tars` packs the last class first.
+    classes = train | cut if position == 'first' else cut | train
+    options = write_tars(tars, classes, held_out, labels)
+    with pytest.raises(ValueError, match='must be whole'):
+      prepare(tars, target, **options)
+
+
+def test_a_class_without_images_is_named(tars, target):
+  train, held_out, labels = tar_files()
+  train['n02'] = {'readme.txt': b'none'}
+  with pytest.raises(ValueError, match=r'n02\.tar in .* holds no \.jpg'):
+    prepare(tars, target, **write_tars(tars, train, held_out, labels))
+
+
+def test_a_training_file_without_classes_is_explained(tars, target):
+  _, held_out, _ = tar_files()
+  options = write_tars(tars, {}, held_out, [], outer={'a.txt': b'none'})
+  with pytest.raises(ValueError, match='a tar file for each class'):
+    prepare(tars, target, **options)
+
+
+def test_a_compressed_tar_file_is_explained(tars, target):
+  options = write_tars(tars, *tar_files(), compressed=True)
+  with pytest.raises(ValueError, match='must be whole and not compressed'):
+    prepare(tars, target, **options)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'message'),
+  [
+    (['n01', 'n02'], '2 lines for 3 images'),
+    (['n01', 'n02', 'n10', 'n10'], '4 lines for 3 images'),
+    (['n01', 'n02', 'n03'], r"not in training: \['n03'\]"),
+    (['n01', 'n02', 'n02'], r"without an image: \['n10'\]"),
+    (['490', '361', '171'], 'numbers of the development kit'),
+  ],
+)
+def test_held_out_labels_that_do_not_match(labels, message, tars, target):
+  train, held_out, _ = tar_files()
+  with pytest.raises(ValueError, match=message):
+    prepare(tars, target, **write_tars(tars, train, held_out, labels))
+
+
+def test_tar_files_without_labels_are_explained(tars, target):
+  write_tars(tars, *tar_files())
+  with pytest.raises(ValueError, match='Add `--held_out_labels='):
+    prepare(tars, target)
+
+
+def test_tar_files_are_checked_and_resumed(tars, target, monkeypatch):
+  train, held_out, labels = tar_files()
+  train['n02']['n02_1.JPEG'] = train['n02']['n02_1.JPEG'][:-50]
+  options = write_tars(tars, train, held_out, labels) | {'on_bad_image': 'skip'}
+  with pytest.raises(ValueError, match=r'train/n02/n02_1\.JPEG: Premature end'):
+    prepare(tars, target, held_out_labels=options['held_out_labels'])
+  prepare(tars, target, **options)
+  whole = contents(target)
+  (target / SHARDS[2]).unlink()
+  monkeypatch.setattr(preparation, 'find_unreadable', None)
+  prepare(tars, target, **options)
+  assert contents(target) == whole

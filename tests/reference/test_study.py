@@ -1,0 +1,277 @@
+"""The study: its grid, its rows and its resuming."""
+
+import csv
+import importlib
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+from small_study import make_config, use_one_device
+
+from reference.study import cell as study_cell
+from reference.study import grid, record
+
+COMMAND = 'python -m reference.study'
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  return use_one_device(monkeypatch)
+
+
+def without_times(row):
+  return {
+    name: str(value)
+    for name, value in row.items()
+    if name not in ('seconds', 'seconds_a_step') and value != ''
+  }
+
+
+def by_cell(rows):
+  assert len({row['cell'] for row in rows}) == len(rows)
+  return {row['cell']: without_times(row) for row in rows}
+
+
+def read(workdir):
+  with (workdir / 'study.csv').open() as file:
+    return list(csv.DictReader(file))
+
+
+def test_a_study_from_its_trials_to_its_rows(tmp_path, monkeypatch, one_device):
+  config = make_config(
+    **{
+      'data.crop': 'pad',
+      'data.flip': True,
+      'study.variants': ('conadv',),
+      'study.at_once': 1,
+    }
+  )
+  config.study.ablations = {'conadv_epsilon_16': 'conadv'}
+  compiled, during = [], []
+
+  def listen(event, seconds, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      compiled.append(event)
+
+  def run(*args, run=study_cell.run, **keywords):
+    before = len(compiled)
+    row = run(*args, **keywords)
+    during.append(len(compiled) - before)
+    return row
+
+  programs = []
+
+  def make_program(*args, make=study_cell.make_program):
+    programs.append(make(*args))
+    return programs[-1]
+
+  monkeypatch.setattr(study_cell, 'run', run)
+  monkeypatch.setattr(study_cell, 'make_program', make_program)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    rows = grid.run(config, tmp_path, command=COMMAND)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+  # Seeds, peaks and radii share a program; the first trial and the first
+  # final run compile what they are measured with.
+  assert len(programs) == 1
+  assert len(during) == 6
+  assert during[0] > 0
+  assert during[2] > 0
+  assert [during[i] for i in (1, 3, 4, 5)] == [0, 0, 0, 0]
+  # And they are no constants of it.
+  assert len({row['loss_adversarial'] for row in rows}) == 6 - 1
+
+  assert [row['kind'] for row in rows] == ['trial'] * 2 + ['final'] * 4
+  best = max(rows[:2], key=lambda row: row['accuracy'])['peak']
+  assert {row['peak'] for row in rows[2:]} == {best}
+  names = [(row['variant'], row['seed'], row['epsilon']) for row in rows[2:]]
+  assert names == [
+    ('conadv', 0, 8.0),
+    ('conadv_epsilon_16', 0, 16.0),
+    ('conadv', 1, 8.0),
+    ('conadv_epsilon_16', 1, 16.0),
+  ]
+  for row in rows:
+    assert row['steps'] == 8
+    assert row['staleness'] == 1
+    assert len(row['accuracy_by_epoch'].split()) == 2
+    assert row['train_accuracy'] - row['accuracy'] == row['gap']
+    assert row['augmentation'] == 'pad'
+    assert row['command'] == COMMAND
+    assert f'jax {jax.__version__}' in row['versions']
+    assert ('robust_accuracy' in row) == (row['kind'] == 'final')
+  # The trial of the best peak is the run of seed 0, measured elsewhere.
+  [trial] = [row for row in rows[:2] if row['peak'] == best]
+  assert trial['loss_main'] == rows[2]['loss_main']
+  assert trial['train_accuracy'] == rows[2]['train_accuracy']
+
+
+def pretend_run(config, *_, final):
+  """A result that depends on the config alone."""
+  accuracy = 1 / (1 + config.lars.peak + config.seed) + final / 100
+  return {'accuracy': accuracy, 'train_accuracy': 1.0, 'seconds': 0.0}
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, one_device):
+  monkeypatch.setattr(study_cell, 'make_program', lambda *_: None)
+  monkeypatch.setattr(study_cell, 'make_measures', lambda *_: None)
+  config = make_config(**{'study.variants': ('vanilla', 'conadv')})
+  config.study.at_once = 1
+  ran = []
+
+  def run(config, *args, **keywords):
+    if len(ran) == kill_at:
+      raise KeyboardInterrupt
+    ran.append(
+      (config.method, config.lars.peak, config.seed, *keywords.items())
+    )
+    return pretend_run(config, *args, **keywords)
+
+  monkeypatch.setattr(study_cell, 'run', run)
+  kill_at = None
+  grid.run(config, tmp_path / 'whole', command=COMMAND)
+  cells = 2 * 2 + 2 * 2
+  assert len(ran) == len(set(ran)) == cells
+
+  for kill_at in range(1, cells):
+    ran.clear()
+    folder = tmp_path / str(kill_at)
+    with pytest.raises(KeyboardInterrupt):
+      grid.run(config, folder, command=COMMAND)
+    # In the middle of writing the last row.
+    text = (folder / 'study.csv').read_text()
+    (folder / 'study.csv').write_text(text[:-30])
+    torn = ran.pop()
+    kill_at = None
+    grid.run(config, folder, command=COMMAND)
+    assert ran.count(torn) == 1
+    assert len(ran) == len(set(ran)) == cells
+    assert by_cell(read(folder)) == by_cell(read(tmp_path / 'whole'))
+
+  ran.clear()
+  folder = tmp_path / 'whole'
+  grid.run(config, folder, command=COMMAND)
+  assert not ran
+  # More seeds are more cells; other epochs are other cells.
+  config.study.seeds = 3
+  grid.run(config, folder, command=COMMAND)
+  assert [cell[2] for cell in ran] == [2, 2]
+  config.epochs = 1.0
+  grid.run(config, folder, command=COMMAND)
+  assert len(ran) == 2 + 4 + 6
+
+
+def test_cells_run_at_once_each_once(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    study_cell, 'make_program', lambda *args: made.append(args[0].method)
+  )
+  monkeypatch.setattr(study_cell, 'make_measures', lambda *_: None)
+  monkeypatch.setattr(study_cell, 'run', pretend_run)
+  config = make_config(**{'study.variants': ('vanilla', 'conadv', 'advprop')})
+  config.study.at_once = 4
+  rows = grid.run(config, tmp_path, command=COMMAND)
+  assert len(by_cell(rows)) == 3 * 2 + 3 * 2
+  assert by_cell(rows) == by_cell(read(tmp_path))
+  # A program for each method and device.
+  assert len(made) <= 3 * len(jax.devices())
+
+
+def test_what_fails_in_a_cell_ends_the_study(tmp_path, monkeypatch, one_device):
+  def make_program(*_):
+    raise ValueError('no such program')
+
+  monkeypatch.setattr(study_cell, 'make_program', make_program)
+  with pytest.raises(ValueError, match='no such program'):
+    grid.run(make_config(), tmp_path, command=COMMAND)
+  assert read(tmp_path) == []
+
+
+def test_another_studys_columns_are_refused(tmp_path):
+  (tmp_path / 'study.csv').write_text('cell,accuracy\na,0.5\n')
+  with pytest.raises(ValueError) as error:
+    grid.run(make_config(), tmp_path, command=COMMAND)
+  assert 'columns' in str(error.value)
+  assert '--workdir' in str(error.value)
+
+
+def test_only_the_last_line_may_be_cut_off(tmp_path):
+  path = tmp_path / 'study.csv'
+  rows = [{'cell': 'a', 'accuracy': 0.5}, {'cell': 'b', 'variant': 'x, "y"'}]
+  record.write_rows(path, rows)
+  whole = path.read_text()
+  assert [row['cell'] for row in record.read_rows(path)] == ['a', 'b']
+  assert record.read_rows(path)[1]['variant'] == 'x, "y"'
+  second = len(whole.splitlines(keepends=True)[-1])
+  for missing in range(1, second + 1):
+    path.write_text(whole[:-missing])
+    assert [row['cell'] for row in record.read_rows(path)] == ['a']
+
+
+def test_the_best_peak_by_validation_is_taken_and_by_ablations_too():
+  config = make_config(
+    **{
+      'study.batch_sizes': (10, 40),
+      'study.peaks': ((1.0, 2.0), (2.0, 8.0)),
+      'study.variants': ('vanilla', 'conadv'),
+    }
+  )
+  config.study.ablations = {'conadv_tau_16': 'conadv', 'unused': 'advprop'}
+  tried = grid.trials(config)
+  # As many for each variant at each batch size.
+  count = {}
+  for cell in tried:
+    key = cell.variant, cell.batch_size
+    count[key] = count.get(key, 0) + 1
+    assert not cell.final
+  assert set(count.values()) == {2}
+  assert len(count) == 4
+  best = {
+    ('vanilla', 10): 1.0,
+    ('conadv', 10): 2.0,
+    ('vanilla', 40): 8.0,
+    ('conadv', 40): 2.0,
+  }
+  accuracies = {
+    cell: 0.9 if best[cell.variant, cell.batch_size] == cell.peak else 0.8
+    for cell in tried
+  }
+  cells = grid.finals(config, accuracies)
+  chosen = [(*key, peak) for key, peak in best.items()]
+  chosen.append(('conadv_tau_16', 40, 2.0))
+  for seed in range(2):
+    part = cells[5 * seed : 5 * seed + 5]
+    assert {cell.seed for cell in part} == {seed}
+    assert all(cell.final for cell in part)
+    assert sorted(cell[:3] for cell in part) == sorted(chosen)
+
+
+def test_a_single_peak_needs_no_trial():
+  config = make_config(**{'study.peaks': ((8.0,),)})
+  assert grid.trials(config) == []
+  assert [cell.peak for cell in grid.finals(config, {})] == [8.0, 8.0]
+
+
+@pytest.mark.parametrize('name', ['study_fashion_mnist', 'study_cifar10'])
+def test_every_variant_of_the_grids_can_be_made(name):
+  config = importlib.import_module(f'reference.configs.{name}').get_config()
+  assert config.name == name
+  variants = {*config.study.variants, *config.study.ablations}
+  assert variants == set(config.study.overrides)
+  assert set(config.study.ablations.values()) <= set(config.study.variants)
+  assert len(config.study.peaks) == len(config.study.batch_sizes)
+  assert len({len(peaks) for peaks in config.study.peaks}) == 1
+  [device, *_] = jax.devices()
+  mesh = jax.sharding.Mesh(np.asarray([device]), ('data',))
+  ids = set()
+  for variant in variants:
+    cell = grid.Cell(variant, max(config.study.batch_sizes), 1.0, 0, True)
+    study_cell._check(grid.cell_config(config, cell), mesh)
+    # With the peak of another variant, the same is something else.
+    peak_of = config.study.ablations.get(variant)
+    ids.add((grid.identify(config, cell), peak_of))
+  # No two are the same by a slip.
+  assert len(ids) == len(variants)

@@ -1,0 +1,197 @@
+"""Tables and figures of a study against numbers made by hand."""
+
+import re
+
+import numpy as np
+import pytest
+
+from reference.study import record, report, results
+
+SIZES = (60, 750)
+SEEDS = 4
+
+
+@pytest.fixture
+def rows(tmp_path):
+  """Rows of made-up accuracies, as they come back from a CSV."""
+  rng = np.random.default_rng(0)
+  made = []
+  for size in SIZES:
+    for variant, method, staleness, epsilon in (
+      ('vanilla', 'vanilla', 0, 8.0),
+      ('advprop', 'advprop', 0, 8.0),
+      ('conadv', 'conadv', 1, 8.0),
+      ('conadv_tau_16', 'conadv', 16, 8.0),
+      ('conadv_epsilon_16', 'conadv', 1, 16.0),
+      ('conadv_reuse', 'conadv_reuse', 1, 8.0),
+    ):
+      if size == SIZES[0] and variant.startswith('conadv_'):
+        continue
+      base = {
+        'study': 'made_up',
+        'variant': variant,
+        'method': method,
+        'batch_size': size,
+        'staleness': staleness,
+        'epsilon': epsilon,
+        'targets': 'random',
+        'adversarial_fraction': 1.0,
+        'augmentation': 'resize',
+        'epochs': 20.0,
+        'steps': 100,
+      }
+      made.append(
+        {**base, 'cell': 't', 'kind': 'trial', 'peak': 2.0, 'seed': 0}
+        | {'accuracy': 0.125}
+      )
+      for seed in range(SEEDS):
+        accuracy = rng.uniform(0.8, 0.9)
+        made.append(
+          {
+            **base,
+            'cell': f'{variant}{size}{seed}',
+            'kind': 'final',
+            'peak': 4.0,
+            'seed': seed,
+            'accuracy': accuracy,
+            'train_accuracy': 0.99,
+            'gap': 0.99 - accuracy,
+            'seconds_a_step': 0.2 if variant == 'vanilla' else 0.5,
+            'accuracy_by_epoch': f'10:0.5 20:{accuracy:.4f}',
+          }
+        )
+  # As seeds come when several cells run at once.
+  made[1], made[3] = made[3], made[1]
+  record.write_rows(tmp_path / 'study.csv', made)
+  return results.read(tmp_path / 'study.csv')
+
+
+def accuracies(rows, variant, size):
+  chosen = [
+    (row['seed'], row['accuracy'])
+    for row in rows
+    if (row['kind'], row['variant'], row['batch_size'])
+    == ('final', variant, size)
+  ]
+  return 100 * np.array([accuracy for _, accuracy in sorted(chosen)])
+
+
+def line_of(text, *cells):
+  [line] = [
+    line
+    for line in text.splitlines()
+    if all(cell in line.split(' | ') for cell in cells)
+  ]
+  return line
+
+
+def cell_of(text, line, column):
+  header, cells = (
+    [cell.strip() for cell in x.strip('|').split('|')]
+    for x in (text.splitlines()[0], line)
+  )
+  return dict(zip(header, cells, strict=True))[column]
+
+
+def numbers(text):
+  return [float(x) for x in re.findall(r'[-+]?\d+\.\d+', text)]
+
+
+def test_means_and_spreads(rows):
+  groups = results.finals(rows)
+  for size in SIZES:
+    text = report.accuracy_table(groups, size)
+    expected = accuracies(rows, 'vanilla', size)
+    assert len(expected) == SEEDS
+    line = next(x for x in text.splitlines() if x.startswith('| `vanilla`'))
+    cells = [cell.strip() for cell in line.strip('|').split('|')]
+    assert cells[:3] == ['`vanilla`', '4', '4']
+    np.testing.assert_allclose(
+      numbers(cells[3]), [expected.mean(), expected.std(ddof=1)], atol=0.006
+    )
+    line = next(x for x in text.splitlines() if x.startswith('| `advprop`'))
+    assert cell_of(text, line, 's / plain') == '2.50'
+    # The rows have no losses.
+    assert cell_of(text, line, 'adversarial loss') == ''
+
+
+def test_differences_are_between_the_same_seeds(rows):
+  text = report.comparison_table(results.finals(rows))
+  expected = accuracies(rows, 'conadv', 750) - accuracies(rows, 'vanilla', 750)
+  line = line_of(text, '| ConAdv against vanilla', '750')
+  mean, error, low, high = numbers(line)
+  np.testing.assert_allclose(mean, expected.mean(), atol=0.006)
+  np.testing.assert_allclose(
+    error, expected.std(ddof=1) / np.sqrt(SEEDS), atol=0.006
+  )
+  np.testing.assert_allclose(
+    (low, high), (expected.min(), expected.max()), atol=0.006
+  )
+  # A seed that one of them lacks does not count.
+  fewer = [
+    row
+    for row in rows
+    if not (row['variant'] == 'vanilla' and row['seed'] == 2)
+  ]
+  text = report.comparison_table(results.finals(fewer))
+  line = line_of(text, '| ConAdv against vanilla', '750', '3')
+  np.testing.assert_allclose(
+    numbers(line)[0], np.delete(expected, 2).mean(), atol=0.006
+  )
+  assert 'fifth' not in text
+
+
+def test_effects_vary_one_field(rows):
+  found = results.effects(results.finals(rows))
+  names = {
+    field: [group[0]['variant'] for group in groups]
+    for field, groups in found.items()
+  }
+  assert names['staleness'] == ['advprop', 'conadv', 'conadv_tau_16']
+  assert names['epsilon'] == ['conadv', 'conadv_epsilon_16']
+  assert names['reuse'] == ['conadv_reuse']
+
+  # With another peak the difference would be the peak's too.
+  moved = [
+    row | {'peak': 8.0} if row['variant'] == 'advprop' else row for row in rows
+  ]
+  found = results.effects(results.finals(moved))
+  assert 'advprop' not in [group[0]['variant'] for group in found['staleness']]
+
+
+def test_two_rows_of_a_seed_are_refused(rows):
+  with pytest.raises(ValueError) as error:
+    results.finals([*rows, rows[-1]])
+  assert 'conadv_reuse' in str(error.value)
+  assert 'seed 3' in str(error.value)
+
+
+def test_trials_are_shown_and_stay_out_of_the_means(rows):
+  text = report.report(rows)
+  assert text.count('2: 12.50') == 9
+  assert '12.50' not in text.split('### Trials')[0]
+
+
+def test_a_study_of_trials_alone_has_tables(rows):
+  text = report.report([x for x in rows if x['kind'] == 'trial'])
+  assert '2: 12.50' in text
+
+
+def test_a_row_without_accuracy_is_no_number(rows):
+  rows = [dict(row) for row in rows]
+  for row in rows:
+    if row['variant'] == 'advprop' and row['seed'] == 1:
+      del row['accuracy']
+  text = report.accuracy_table(results.finals(rows), 750)
+  line = next(x for x in text.splitlines() if x.startswith('| `advprop`'))
+  assert line.split(' | ')[2] == '3'
+
+
+def test_every_figure_is_drawn_for_light_and_dark(rows, tmp_path):
+  report.draw(rows, tmp_path / 'figures')
+  found = {path.name for path in (tmp_path / 'figures').iterdir()}
+  assert found == {
+    f'made_up_{what}-{theme}.svg'
+    for what in ('accuracy', 'time', 'staleness', 'epsilon')
+    for theme in ('light', 'dark')
+  }
