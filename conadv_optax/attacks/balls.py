@@ -21,7 +21,7 @@ class Ball(NamedTuple):
     project: `project(perturbed, inputs, radius)`, the nearest point of the ball
       around `inputs` (along the ray from there, for unequal radii in L2).
     step: `step(gradient, size)`, the steepest step of that size; zero for a
-      gradient of zero.
+      gradient of zero, and for infinite entries the limit of large ones.
     draw: `draw(key, like)`, uniform in the unit ball, of the shape of `like`.
   """
 
@@ -30,76 +30,108 @@ class Ball(NamedTuple):
   draw: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _project_linf(
-  perturbed: jax.Array, inputs: jax.Array, radius: jax.Array
-) -> jax.Array:
-  return jnp.clip(perturbed, inputs - radius, inputs + radius)
+def _of_each(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+  """`reduce` over each example, its axes kept."""
+  return reduce(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
+def _measure(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Each example over its L2 norm, zero where that is, and the norm."""
+  # Over the largest entry first, safe from under- and overflow.
+  largest = _of_each(jnp.max, jnp.abs(x))
+  largest = jnp.where(largest > 0, largest, 1.0)
+  x = x / largest
+  square = _of_each(jnp.sum, x**2)
+  # No second division: XLA joins the divisors, whose product may overflow.
+  unit = x * jax.lax.rsqrt(jnp.maximum(square, 1.0))
+  return unit, largest * jnp.sqrt(square)
 
 
 def _project_l2(
   perturbed: jax.Array, inputs: jax.Array, radius: jax.Array
 ) -> jax.Array:
-  delta = perturbed - inputs
   # Where the radius is 0 nothing moves; elsewhere measure in radii.
-  length = _norm(
-    jnp.where(radius > 0, delta / jnp.where(radius > 0, radius, 1.0), 0.0)
-  )
-  inside = jnp.where(radius > 0, delta, 0.0) / jnp.maximum(length, 1.0)
-  return inputs + inside
-
-
-def _example_axes(x: jax.Array) -> tuple[int, ...]:
-  return tuple(range(1, x.ndim))
-
-
-def _norm(x: jax.Array) -> jax.Array:
-  """L2 norm of each example, its axes kept; safe from under- and overflow."""
-  largest = jnp.max(jnp.abs(x), axis=_example_axes(x), keepdims=True)
-  scale = jnp.where(largest > 0, largest, 1.0)
-  squares = jnp.sum((x / scale) ** 2, axis=_example_axes(x), keepdims=True)
-  return scale * jnp.sqrt(squares)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  """Each example over its norm; zero where the norm is."""
-  length = _norm(x)
-  return jnp.where(length > 0, x / jnp.where(length > 0, length, 1.0), 0.0)
-
-
-def _step_linf(gradient: jax.Array, size: jax.Array) -> jax.Array:
-  return size * jnp.sign(gradient)
+  moves = radius > 0
+  delta = jnp.where(moves, perturbed - inputs, 0.0)
+  _, length = _measure(delta / jnp.where(moves, radius, 1.0))
+  return inputs + delta / jnp.maximum(length, 1.0)
 
 
 def _step_l2(gradient: jax.Array, size: jax.Array) -> jax.Array:
+  # Infinite, or so large that a reciprocal is not a normal number.
+  huge = jnp.abs(gradient) > jnp.finfo(gradient.dtype).max / 8
+  limit = jnp.where(huge, jnp.sign(gradient), 0.0)
+  direction, _ = _measure(jnp.where(_of_each(jnp.any, huge), limit, gradient))
   # In an ellipsoid the steepest direction is that of the scaled gradient.
-  return size * _unit(size * gradient)
-
-
-def _draw_linf(key: jax.Array, like: jax.Array) -> jax.Array:
-  return jax.random.uniform(key, like.shape, like.dtype, -1.0, 1.0)
+  return size * _measure(size * direction)[0]
 
 
 def _draw_l2(key: jax.Array, like: jax.Array) -> jax.Array:
   """Uniform in the unit ball: a uniform direction, and u^(1/n) for length."""
   direction_key, length_key = jax.random.split(key)
-  direction = _unit(jax.random.normal(direction_key, like.shape, like.dtype))
+  normal = jax.random.normal(direction_key, like.shape, like.dtype)
   shape = like.shape[:1] + (1,) * (like.ndim - 1)
-  size = max(1, math.prod(like.shape[1:]))
   u = jax.random.uniform(length_key, shape, like.dtype)
-  return direction * u ** (1.0 / size)
+  return _measure(normal)[0] * u ** (1.0 / math.prod(like.shape[1:]))
 
 
 BALLS = {
-  'linf': Ball(_project_linf, _step_linf, _draw_linf),
+  'linf': Ball(
+    lambda x, inputs, radius: jnp.clip(x, inputs - radius, inputs + radius),
+    lambda gradient, size: size * jnp.sign(gradient),
+    lambda key, like: jax.random.uniform(
+      key, like.shape, like.dtype, -1.0, 1.0
+    ),
+  ),
   'l2': Ball(_project_l2, _step_l2, _draw_l2),
 }
 
 
-def round_towards(x: jax.Array, clean: jax.Array, dtype: Any) -> jax.Array:
-  """`x` in `dtype`, never further from `clean` than `x` is."""
+class Region(NamedTuple):
+  """Where the examples of a batch may go: a ball around each, within bounds.
+
+  Attributes:
+    ball: the geometry.
+    clean: the batch.
+    radius: of the ball, like `clean`.
+    low: the lower bound, like `clean`.
+    high: the upper bound, like `clean`.
+  """
+
+  ball: Ball
+  clean: jax.Array
+  radius: jax.Array
+  low: jax.Array
+  high: jax.Array
+
+  def project(self, x: jax.Array) -> jax.Array:
+    """To the ball, then to the bounds."""
+    x = self.ball.project(x, self.clean, self.radius)
+    return jnp.clip(x, self.low, self.high)
+
+  def step(
+    self, x: jax.Array, gradient: jax.Array, size: jax.Array
+  ) -> jax.Array:
+    """The steepest step up, none where an example's gradient holds a NaN."""
+    is_wrong = _of_each(jnp.any, jnp.isnan(gradient))
+    gradient = jnp.where(is_wrong, 0.0, gradient)
+    return self.project(x + self.ball.step(gradient, size))
+
+  def rounded(self, x: jax.Array, dtype: Any) -> jax.Array:
+    """A point in `dtype`, which takes it out of neither ball nor bounds."""
+    return jnp.clip(
+      _round_towards(x, self.clean, dtype),
+      # Inwards, because the clean input may be outside.
+      _round_towards(self.low, self.high, dtype),
+      _round_towards(self.high, self.low, dtype),
+    )
+
+
+def _round_towards(x: jax.Array, to: jax.Array, dtype: Any) -> jax.Array:
+  """`x` in `dtype`, never on the far side of `x` as seen from `to`."""
   rounded = x.astype(dtype)
   if dtype == x.dtype:
     return rounded
-  too_far = jnp.abs(rounded.astype(x.dtype) - clean) > jnp.abs(x - clean)
-  nearer = jnp.nextafter(rounded, clean.astype(dtype))
-  return jnp.where(too_far, nearer, rounded)
+  back = rounded.astype(x.dtype)
+  too_far = ((back < x) & (x < to)) | ((back > x) & (x > to))
+  return jnp.where(too_far, jnp.nextafter(rounded, to.astype(dtype)), rounded)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import check_not_negative, concrete
+from conadv_optax.core.numeric import (
+  check_no_schedule,
+  check_not_negative,
+  concrete,
+)
 
 
 class Normalized(NamedTuple):
@@ -36,6 +40,7 @@ def normalized(
     A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and its kin.
 
   Raises:
+    TypeError: for a function in place of a number.
     ValueError: for a negative epsilon, or a `std` that is not positive.
 
   Examples:
@@ -51,12 +56,15 @@ def normalized(
     Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
   """
   check_not_negative('epsilon', epsilon)
+  check_no_schedule('mean', mean)
+  check_no_schedule('std', std)
   spread = concrete(std)
   if spread is not None and not np.all(spread > 0):
     raise ValueError(
       f'`std` must be positive. Given std={spread.tolist()}. A channel that is '
       'constant has nothing to normalise: give it std 1.'
     )
-  mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-  epsilon = jnp.asarray(epsilon, jnp.float32)
+  epsilon, mean, std = (
+    jnp.asarray(x, jnp.float32) for x in (epsilon, mean, std)
+  )
   return Normalized(epsilon / std, (-mean / std, (1.0 - mean) / std))

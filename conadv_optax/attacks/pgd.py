@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from conadv_optax.attacks.balls import BALLS, Norm, round_towards
+from conadv_optax.attacks.balls import BALLS, Norm, Region
 from conadv_optax.attacks.targets import Targets
 from conadv_optax.core.numeric import (
   at_least_float32,
+  check_count,
+  check_no_schedule,
   check_not_negative,
   concrete,
   describe,
@@ -53,9 +55,11 @@ def pgd(
   where :math:`u` is uniform in the ball, :math:`d(g)` is
   :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of each example
   for 'l2', and :math:`\Pi` projects to the ball of radius `epsilon` around
-  :math:`x` and to `bounds`. With `targets` the step descends towards the
-  target in place of climbing away from the label. An example whose gradient is
-  zero takes no step.
+  :math:`x`, then to `bounds`: in 'l2' as Foolbox and torchattacks do, where ART
+  and CleverHans take the bounds first. With `targets` the step descends towards
+  the target in place of climbing away from the label. An example whose gradient
+  is zero, or holds a NaN, takes no step. Where entries are infinite, a step in
+  'l2' goes along them alone, as far along each.
 
   An untargeted one-step attack on the very batch that is trained on leaks the
   label through batch statistics (Mei et al., Fast AdvProp); `random_targets`
@@ -65,7 +69,9 @@ def pgd(
     epsilon: radius of the ball, in the units of the input. A float, or an array
       that broadcasts to the input, one value a channel say. An array with
       'l2' scales the axes of the ball: :math:`\|(\hat x - x)/\epsilon\|_2 \le
-      1`. May be traced.
+      1`. May be traced: for a schedule, build
+      `conadv.wrap(loss_fn, attack=conadv.pgd(schedule(count)))` inside the
+      jitted step, which compiles once.
     step_size: the step :math:`\alpha`, like `epsilon`. None: `epsilon` for one
       step, `2.5 * epsilon / steps` for more.
     steps: number of steps, at least 1.
@@ -74,7 +80,8 @@ def pgd(
     start_from_clean: with a random start, the probability of starting at the
       clean input all the same, one coin for the batch.
     bounds: `(low, high)` of a valid input, each like `epsilon`; the result
-      never leaves them.
+      never leaves them, even where the clean input is outside by more than the
+      ball. In a short dtype they are rounded inwards.
     targets: `targets(key, batch)` returns the batch with target labels.
 
   Returns:
@@ -83,6 +90,8 @@ def pgd(
     input, so that the ball holds; an `epsilon` below its resolution vanishes.
 
   Raises:
+    TypeError: for a function, a schedule say, in place of a number, or `steps`
+      or `bounds` of another type.
     ValueError: for a negative radius or step, `bounds` that are no pair or have
       low above high, fewer than one step, an unknown norm, a probability
       outside [0, 1], or an array that does not broadcast to the input.
@@ -102,52 +111,42 @@ def pgd(
   """
   if norm not in BALLS:
     raise ValueError(f"`norm` must be 'linf' or 'l2'. Given norm={norm!r}.")
-  if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-    raise ValueError(
-      f'`steps` must be an int of at least 1. Given steps={steps!r}. For no '
-      'attack at all, do not wrap the loss, or give the adversarial branch '
-      'weight 0.'
-    )
+  check_count('steps', steps)
   check_not_negative('epsilon', epsilon)
-  size_comes_from = 'epsilon' if step_size is None else 'step_size'
   if step_size is None:
     step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
   check_not_negative('step_size', step_size)
   _check_probability(start_from_clean)
-  _check_bounds(bounds)
+  low, high = (-jnp.inf, jnp.inf) if bounds is None else _checked(bounds)
   sign = 1.0 if targets is None else -1.0
-  ball = BALLS[norm]
 
-  def project(perturbed: jax.Array, inputs: jax.Array) -> jax.Array:
-    radius = _broadcast('epsilon', epsilon, inputs)
-    perturbed = ball.project(perturbed, inputs, radius)
-    if bounds is None:
-      return perturbed
-    low = _broadcast('bounds[0]', bounds[0], inputs)
-    high = _broadcast('bounds[1]', bounds[1], inputs)
-    return jnp.clip(perturbed, low, high)
+  def around(inputs: jax.Array) -> Region:
+    clean = at_least_float32(inputs)
+    limits = {'epsilon': epsilon, 'bounds[0]': low, 'bounds[1]': high}
+    return Region(
+      BALLS[norm], clean, *(_broadcast(*item, clean) for item in limits.items())
+    )
 
-  def step(
-    gradient: jax.Array, perturbed: jax.Array, inputs: jax.Array
-  ) -> jax.Array:
-    size = _broadcast(size_comes_from, step_size, inputs)
-    return project(perturbed + sign * ball.step(gradient, size), inputs)
-
-  def start(key: jax.Array | None, inputs: jax.Array) -> jax.Array:
+  def start(key: jax.Array | None, region: Region) -> jax.Array:
+    if not random_start:
+      return region.clean
     assert key is not None  # `wrap` and its siblings have seen to it.
     coin_key, noise_key = jax.random.split(key)
-    radius = _broadcast('epsilon', epsilon, inputs)
-    noise = radius * ball.draw(noise_key, inputs)
+    noise = region.radius * region.ball.draw(noise_key, region.clean)
     from_clean = jax.random.bernoulli(coin_key, start_from_clean)
-    return project(inputs + jnp.where(from_clean, 0.0, noise), inputs)
+    return region.project(region.clean + jnp.where(from_clean, 0.0, noise))
+
+  def step(region: Region, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    size = _broadcast('step_size', step_size, x)
+    return region.step(x, sign * gradient, size)
 
   def one_step(
     key: jax.Array | None, inputs: jax.Array
   ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    clean = at_least_float32(inputs)
-    begin = start(key, clean) if random_start else clean
-    return begin, lambda gradient: round_towards(
-      step(gradient, begin, clean), clean, inputs.dtype
+    region = around(inputs)
+    begin = start(key, region)
+    return begin, lambda gradient: region.rounded(
+      step(region, begin, gradient), inputs.dtype
     )
 
   def craft(
@@ -160,18 +159,16 @@ def pgd(
     if steps == 1:
       begin, finish = one_step(key, inputs)
       return finish(gradient_fn(begin))
-    clean = at_least_float32(inputs)
-    perturbed = start(key, clean) if random_start else clean
+    region = around(inputs)
 
-    def advance(_: Any, perturbed: jax.Array) -> jax.Array:
-      return step(gradient_fn(perturbed), perturbed, clean)
+    def advance(_: Any, x: jax.Array) -> jax.Array:
+      return step(region, x, gradient_fn(x))
 
-    perturbed = jax.lax.fori_loop(0, steps, advance, perturbed)
-    return round_towards(perturbed, clean, inputs.dtype)
+    x = jax.lax.fori_loop(0, steps, advance, start(key, region))
+    return region.rounded(x, inputs.dtype)
 
   def reuse(gradient: jax.Array, inputs: jax.Array) -> jax.Array:
-    _, finish = one_step(None, inputs)
-    return finish(gradient)
+    return one_step(None, inputs)[1](gradient)
 
   one_gradient_is_enough = steps == 1 and not random_start and targets is None
   return Attack(
@@ -209,7 +206,7 @@ def fgsm(
     An `Attack`, as `pgd` does.
 
   Raises:
-    ValueError: as `pgd` does.
+    TypeError, ValueError: as `pgd` does.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -256,7 +253,7 @@ def fast_fgsm(
     An `Attack`, as `pgd` does.
 
   Raises:
-    ValueError: as `pgd` does.
+    TypeError, ValueError: as `pgd` does.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -277,6 +274,7 @@ def fast_fgsm(
 
 
 def _check_probability(start_from_clean: ArrayLike) -> None:
+  check_no_schedule('start_from_clean', start_from_clean)
   number = concrete(start_from_clean)
   if number is not None and not 0 <= number <= 1:
     raise ValueError(
@@ -285,21 +283,25 @@ def _check_probability(start_from_clean: ArrayLike) -> None:
     )
 
 
-def _check_bounds(bounds: tuple[ArrayLike, ArrayLike] | None) -> None:
-  if bounds is None:
-    return
-  if not hasattr(bounds, '__len__') or len(bounds) != 2:
-    raise ValueError(
+def _checked(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
+  check_no_schedule('bounds', bounds)
+  try:
+    low, high = bounds
+  except (TypeError, ValueError) as error:
+    raise type(error)(
       f'`bounds` is a pair, (low, high). Given {describe(bounds)}. Write '
       '`bounds=(0., 1.)`; each may be an array, one value a channel say.'
-    )
-  low, high = concrete(bounds[0]), concrete(bounds[1])
-  if low is not None and high is not None and not np.all(low <= high):
+    ) from error
+  for bound in (low, high):
+    check_no_schedule('bounds', bound)
+  least, most = concrete(low), concrete(high)
+  if least is not None and most is not None and not np.all(least <= most):
     raise ValueError(
       '`bounds` is (low, high), with low nowhere above high. Given '
-      f'bounds=({low.tolist()}, {high.tolist()}). Likely they are swapped: '
+      f'bounds=({least.tolist()}, {most.tolist()}). Likely they are swapped: '
       '`bounds=(0., 1.)`.'
     )
+  return low, high
 
 
 def _broadcast(name: str, value: Any, inputs: jax.Array) -> jax.Array:

@@ -21,7 +21,9 @@ Targets = Callable[[jax.Array | None, Batch], Batch]
 def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
   """A wrong class for each example, drawn uniformly.
 
-  For the `targets` of an attack; training keeps the true labels.
+  For the `targets` of an attack; training keeps the true labels. A label
+  outside of the classes, -1 or 255 of a pixel that the loss ignores say, stays
+  as it is.
 
   Args:
     num_classes: number of classes, at least 2.
@@ -32,8 +34,9 @@ def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
     A function `(key, batch) -> batch` with targets in place of the labels.
 
   Raises:
-    ValueError: for a number of classes that is not an int of at least 2.
-    TypeError: when it is called on labels that are not integers.
+    ValueError: for fewer than 2 classes.
+    TypeError: for a number of classes that is not an int, or when it is called
+      on labels that are not integers.
     KeyError: when the batch has no such leaf.
 
   Examples:
@@ -62,8 +65,10 @@ def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
         'loss_fn.'
       )
     # In int32, so that the sum does not overflow a shorter dtype.
+    true = labels.astype(jnp.int32)
     shift = jax.random.randint(key, labels.shape, 1, num_classes)
-    wrong = (labels.astype(jnp.int32) + shift) % num_classes
-    return label_leaf.set(batch, wrong.astype(labels.dtype))
+    wrong = ((true + shift) % num_classes).astype(labels.dtype)
+    is_class = (true >= 0) & (true < num_classes)
+    return label_leaf.set(batch, jnp.where(is_class, wrong, labels))
 
   return targets

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from error_checks import assert_says
 from hypothesis import given, settings
@@ -88,6 +89,17 @@ def test_targets_make_the_attack_descend():
 floats = st.floats(-2, 2, width=32)
 
 
+def inwards(low, high, dtype):
+  """The outermost values of `dtype` within the bounds, out of all of them."""
+  low, high = np.float32(low), np.float32(high)
+  if dtype == 'float32':
+    return low, high
+  values = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype))
+  values = values.astype(np.float32)
+  values = values[(values >= low) & (values <= high)]
+  return np.min(values), np.max(values)
+
+
 @given(
   data=st.data(),
   dtype=st.sampled_from(['float32', 'bfloat16', 'float16']),
@@ -95,45 +107,107 @@ floats = st.floats(-2, 2, width=32)
   steps=st.integers(1, 3),
   epsilon=st.one_of(st.just(0.0), st.floats(1e-4, 3)),
   random_start=st.booleans(),
-  half_width=st.floats(0, 2),
+  low=st.floats(-3, 2),
+  width=st.floats(0.05, 4),
 )
-@settings(max_examples=60, deadline=None)
-def test_result_stays_in_ball_and_bounds(
-  data, dtype, norm, steps, epsilon, random_start, half_width
+@settings(max_examples=80, deadline=None)
+def test_result_stays_in_bounds_and_ball(
+  data, dtype, norm, steps, epsilon, random_start, low, width
 ):
   shape = data.draw(
     st.sampled_from([(1,), (3,), (2, 3), (1, 2, 2), (3, 1, 2, 1)])
   )
-  low, high = -half_width, half_width
-  x = data.draw(hnp.arrays(np.float32, shape, elements=floats))
-  x = jnp.clip(jnp.asarray(x), low, high).astype(dtype)
-  # A bound that the dtype cannot hold is one that the clean input may miss.
-  low = min(low, float(jnp.min(x)))
-  high = max(high, float(jnp.max(x)))
+  # The clean input may be outside of the bounds.
+  x = jnp.asarray(data.draw(hnp.arrays(np.float32, shape, elements=floats)))
+  x = x.astype(dtype)
   slope = jnp.asarray(data.draw(hnp.arrays(np.float32, shape, elements=floats)))
   attack = conadv.pgd(
     epsilon,
     steps=steps,
     norm=norm,
     random_start=random_start,
-    bounds=(low, high),
+    bounds=(low, low + width),
   )
   seed = data.draw(st.integers(0, 2**31 - 1))
   result = attack.craft(
     jax.random.key(seed), lambda x: slope * (1 + jnp.abs(x)), x
   )
-  chex.assert_equal_shape_suffix([result, x], x.ndim)
-  assert result.dtype == x.dtype
+  assert (result.shape, result.dtype) == (x.shape, x.dtype)
+  low, high = inwards(low, low + width, dtype)
   x, result = np.asarray(x, np.float64), np.asarray(result, np.float64)
-  assert np.all(np.isfinite(result))
-  assert np.all(result >= np.float32(low))
-  assert np.all(result <= np.float32(high))
-  delta = result - x
+  assert np.all((result >= low) & (result <= high))
+  # What a projection to the bounds does to a ball is within one.
+  delta = result - np.clip(x, low, high)
   if norm == 'linf':
     assert np.max(np.abs(delta)) <= epsilon * (1 + 1e-6) + 3e-7
   else:
     lengths = np.sqrt(np.sum(delta.reshape(len(x), -1) ** 2, axis=1))
     assert np.max(lengths) <= epsilon * (1 + 1e-5) + 1e-6
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'expected'), [('bfloat16', 2.234375), ('float16', 2.248046875)]
+)
+def test_a_bound_that_the_dtype_lacks_is_rounded_inwards(dtype, expected):
+  # The clean input is the nearest value of the dtype, above the bound.
+  x = jnp.full((1, 1), 2.25, dtype)
+  for bounds in ((0.0, 2.2489), (-jnp.inf, 2.2489)):
+    up = conadv.fgsm(0.5, bounds=bounds).craft(None, jnp.ones_like, x)
+    assert up.tolist() == [[expected]]
+  down = conadv.fgsm(0.5, bounds=(-2.2489, jnp.inf))
+  assert down.reuse(jnp.full((1, 1), -1.0), -x).tolist() == [[-expected]]
+
+
+def nan_below(x, threshold, slope):
+  """NaN in the second entry of an example that is below the threshold."""
+  return jnp.where((x < threshold) & (jnp.arange(2) == 1)[None], jnp.nan, slope)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('steps', [1, 4])
+def test_an_example_whose_gradient_holds_a_nan_takes_no_step(norm, steps):
+  slope = np.array([[3.0, -4.0]] * 3, np.float32)
+  x = np.array([[0.0, 0.0], [0.0, 10.0], [0.0, -10.0]], np.float32)
+  attack = conadv.pgd(
+    5.0, step_size=1.0, steps=steps, norm=norm, random_start=False
+  )
+  # Of the second example it turns to NaN on the way, after two steps.
+  result = attack.craft(None, lambda x: nan_below(x, 8.5, slope), x)
+  expected, move = x.copy(), np.sign(slope[0])
+  move = move if norm == 'linf' else slope[0] / 5
+  expected[1] += min(steps, 2) * move
+  np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_a_nan_leaves_the_random_start_alone(norm):
+  x = jnp.zeros((3, 2))
+  attack = conadv.pgd(0.3, norm=norm, bounds=(-0.1, 0.1))
+  chex.assert_trees_all_equal(
+    attack.craft(KEY, lambda x: jnp.full_like(x, jnp.nan), x),
+    attack.craft(KEY, jnp.zeros_like, x),
+  )
+
+
+def test_infinite_entries_take_the_whole_step():
+  gradient = jnp.array([[jnp.inf, 5.0, -jnp.inf], [jnp.inf, 0.0, -1e30]])
+  x = jnp.zeros((2, 3))
+  linf = conadv.fgsm(0.5).craft(None, lambda x: gradient, x)
+  chex.assert_trees_all_equal(linf, 0.5 * jnp.sign(gradient))
+  l2 = conadv.fgsm(0.5, norm='l2').craft(None, lambda x: gradient, x)
+  diagonal = np.sqrt(0.125)
+  np.testing.assert_allclose(
+    l2, [[diagonal, 0, -diagonal], [0.5, 0, 0]], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('size', [1e-37, 4e37, 1e38])
+def test_a_gradient_whose_norm_overflows_has_a_direction(size):
+  attack = conadv.fgsm(2.0, norm='l2')
+  result = jax.jit(attack.reuse)(
+    *jnp.array([[[size]], [[0.0]]]).repeat(10_000, 2)
+  )
+  np.testing.assert_allclose(result, np.full((1, 10_000), 0.02), rtol=1e-5)
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
@@ -225,6 +299,17 @@ def test_random_targets_are_uniform_over_the_wrong_classes(dtype):
   assert np.max(np.asarray(result['label'])) < 5
 
 
+@pytest.mark.parametrize('dtype', [jnp.int32, jnp.int8, jnp.uint8, jnp.uint32])
+def test_random_targets_leave_labels_that_are_no_class(dtype):
+  labels = np.array([[0, -1, 9, 10], [5, -100, 255, 8]]).astype(dtype)
+  result = conadv.random_targets(10)(KEY, {'label': jnp.asarray(labels)})
+  is_class = np.isin(labels, np.arange(10))
+  drawn = np.asarray(result['label'])
+  np.testing.assert_array_equal(drawn[~is_class], labels[~is_class])
+  assert np.all(drawn[is_class] != labels[is_class])
+  assert set(drawn[is_class]) <= set(range(10))
+
+
 def test_random_targets_do_not_overflow_a_short_dtype():
   labels = jnp.full(5000, 250, jnp.uint8)
   result = conadv.random_targets(256)(KEY, {'label': labels})['label']
@@ -255,8 +340,79 @@ def test_who_draws():
   assert conadv.fgsm(0.1, targets=conadv.random_targets(3)).draws
 
 
-@pytest.mark.parametrize('bounds', [(0.0, 1.0, 5.0), (0.0,), 1.0, jnp.ones(3)])
-def test_bounds_that_are_no_pair(bounds):
-  with pytest.raises(ValueError) as error:
+@pytest.mark.parametrize(
+  ('bounds', 'kind'),
+  [
+    ((0.0, 1.0, 5.0), ValueError),
+    ((0.0,), ValueError),
+    (jnp.ones(3), ValueError),
+    (1.0, TypeError),
+  ],
+)
+def test_bounds_that_are_no_pair(bounds, kind):
+  with pytest.raises(kind) as error:
     conadv.pgd(0.1, bounds=bounds)
   assert_says(error, 'pair, (low, high)', 'Given ', '`bounds=(0., 1.)`')
+
+
+SCHEDULE = optax.linear_schedule(0.0, 0.4, 4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arguments'),
+  [
+    ('epsilon', {'epsilon': SCHEDULE, 'steps': 2}),
+    ('step_size', {'epsilon': 0.1, 'step_size': SCHEDULE}),
+    ('start_from_clean', {'epsilon': 0.1, 'start_from_clean': SCHEDULE}),
+    ('bounds', {'epsilon': 0.1, 'bounds': SCHEDULE}),
+    ('bounds', {'epsilon': 0.1, 'bounds': (0.0, SCHEDULE)}),
+  ],
+)
+def test_a_schedule_is_told_where_to_call_it(name, arguments):
+  with pytest.raises(TypeError) as error:
+    conadv.pgd(**arguments)
+  assert_says(error, f'`{name}` is a number', f'`{name}=schedule(count)`')
+
+
+@pytest.mark.parametrize('name', ['epsilon', 'mean', 'std'])
+def test_a_schedule_is_not_normalized(name):
+  with pytest.raises(TypeError, match=f'`{name}=schedule'):
+    conadv.normalized(
+      **{'epsilon': 0.1, 'mean': 0.5, 'std': 0.5, name: SCHEDULE}
+    )
+  with pytest.raises(TypeError, match='`epsilon=schedule'):
+    conadv.fast_fgsm(SCHEDULE)
+
+
+def test_a_schedule_called_inside_of_the_step_is_compiled_once():
+  traces = []
+
+  @jax.jit
+  def step(params, batch, count):
+    traces.append(0)
+    grad_fn = conadv.wrap(
+      lambda w, batch: jnp.mean(w * batch['x']),
+      0,
+      attack=conadv.pgd(SCHEDULE(count), random_start=False),
+      inputs='x',
+    )
+    state = grad_fn.init(params, [])
+    (_, aux), _, _ = grad_fn.value_and_grad(params, state, batch)
+    return aux.losses['adversarial']
+
+  batch = {'x': jnp.array([[1.0, 2.0]])}
+  losses = [step(jnp.float32(3.0), batch, count) for count in range(6)]
+  # 3 * (1.5 + epsilon), and epsilon is 0, 0.1, ... 0.4 and 0.4.
+  np.testing.assert_allclose(
+    losses, 3 * (1.5 + 0.1 * np.array([0, 1, 2, 3, 4, 4])), rtol=1e-6
+  )
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+  ('steps', 'kind'), [(0, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_steps_are_counted(steps, kind):
+  with pytest.raises(kind) as error:
+    conadv.pgd(0.1, steps=steps)
+  assert_says(error, '`steps` is a number of things', f'steps={steps}')
