@@ -1,7 +1,7 @@
 """The balls that attacks stay in: projection, steepest step, uniform draw.
 
 All take a batch in float32, whose first axis is that of the examples, and a
-radius of the same shape.
+radius that broadcasts to it.
 """
 
 import math
@@ -93,9 +93,9 @@ class Region(NamedTuple):
   Attributes:
     ball: the geometry.
     clean: the batch.
-    radius: of the ball, like `clean`.
-    low: the lower bound, like `clean`.
-    high: the upper bound, like `clean`.
+    radius: of the ball, of the rank of `clean`.
+    low: the lower bound, likewise.
+    high: the upper bound, likewise.
   """
 
   ball: Ball

@@ -305,12 +305,14 @@ def _checked(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
 
 
 def _broadcast(name: str, value: Any, inputs: jax.Array) -> jax.Array:
+  """`value` with the axes of the input, of size 1 where it is the same."""
   value = jnp.asarray(value, inputs.dtype)
   try:
-    return jnp.broadcast_to(value, inputs.shape)
+    jax.eval_shape(lambda x: jnp.broadcast_to(x, inputs.shape), value)
   except ValueError as error:
     raise ValueError(
       f'`{name}` must broadcast to the input. Given {describe(value)} for an '
       f'input of {describe(inputs)}. One value a channel has the shape '
       f'({inputs.shape[-1] if inputs.ndim else ""},), channels last.'
     ) from error
+  return jnp.expand_dims(value, range(inputs.ndim - value.ndim))
