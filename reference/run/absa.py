@@ -80,7 +80,7 @@ def make_growth(
       key=jax.random.key(config.seed),
       iterations=_ITERATIONS,
     )
-    return controller.update(state, pairs.values[0])
+    return controller.update(pairs.values[0], state)
 
   compiled = jax.jit(evaluate, out_shardings=NamedSharding(mesh, P()))
 
