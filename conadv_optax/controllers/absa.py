@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import check_count, describe
+from conadv_optax.controllers.order import check_order
+from conadv_optax.core.numeric import check_count
 
 
 class AbsaState(NamedTuple):
@@ -49,11 +49,11 @@ class BatchController(NamedTuple):
 
   Attributes:
     init: `init()` returns the state to start with.
-    update: `update(state, eigenvalue)` returns the state after an evaluation.
+    update: `update(eigenvalue, state)` returns the state after an evaluation.
   """
 
   init: Callable[[], AbsaState]
-  update: Callable[[AbsaState, ArrayLike], AbsaState]
+  update: Callable[[ArrayLike, AbsaState], AbsaState]
 
 
 def absa(
@@ -109,9 +109,10 @@ def absa(
     evaluations it is plain training.
 
   Raises:
+    TypeError: for a number of things that is not an int, or an `update` with
+      an eigenvalue that is no scalar or the state in its place.
     ValueError: for an initial batch above the largest, a growth below 2, a
-      `shrink` outside (0, 1), a patience below 1, or an eigenvalue that is no
-      scalar.
+      `shrink` outside (0, 1), or a patience below 1.
 
   Examples:
     >>> import chex, jax.numpy as jnp
@@ -119,7 +120,7 @@ def absa(
     >>> controller = conadv.absa(8)
     >>> state = controller.init()
     >>> for eigenvalue in (10., 6., 5., 2.4, 1.):
-    ...   state = controller.update(state, eigenvalue)
+    ...   state = controller.update(eigenvalue, state)
     >>> # It grew at 5 (half of 10), at 2.4 and at 1.
     >>> chex.assert_trees_all_equal(state.micro_batches, jnp.int32(8))
     >>> chex.assert_trees_all_equal(state.learning_rate_scale, jnp.float32(8))
@@ -168,13 +169,13 @@ def absa(
       evaluations=jnp.int32(0),
     )
 
-  def update_fn(state: AbsaState, eigenvalue: ArrayLike) -> AbsaState:
-    if np.ndim(eigenvalue):
-      raise ValueError(
-        'One eigenvalue, the largest, decides. Given '
-        f'{describe(eigenvalue)}. Write `controller.update(state, '
-        'pairs.values[0])`.'
-      )
+  def update_fn(eigenvalue: ArrayLike, state: AbsaState) -> AbsaState:
+    check_order(
+      'controller.update(pairs.values[0], state)',
+      state,
+      AbsaState,
+      measured=eigenvalue,
+    )
     eigenvalue = jnp.asarray(eigenvalue, jnp.float32)
     usable = jnp.isfinite(eigenvalue) & (eigenvalue > 0)
     evaluations, waited = state.evaluations + 1, state.waited + 1

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import at_least_float32, concrete
+from conadv_optax.controllers.order import check_order
+from conadv_optax.core.numeric import (
+  abs_sq,
+  check_count,
+  check_no_schedule,
+  concrete,
+)
 from conadv_optax.devices.groups import check_second_moment
 
 
@@ -87,6 +93,8 @@ def noise_scale(
     averages stay what they were.
 
   Raises:
+    TypeError: for a number of things that is not an int, a function for the
+      decay, or an `update` with the state before the gradients.
     ValueError: for fewer than two groups, a batch that they do not divide
       evenly, a decay outside [0, 1), or an `update` without the second moment
       of these gradients.
@@ -112,20 +120,16 @@ def noise_scale(
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018
   """
-  if groups < 2:
-    raise ValueError(
-      'The noise scale compares the gradients of several groups with their '
-      f'mean, so it needs at least 2. Given groups={groups}. On one device '
-      'split the batch: `conadv.accumulate(grad_fn, 8, second_moment=True)` '
-      'and `groups=8`.'
-    )
-  if batch_size <= 0 or batch_size % groups:
+  check_count('groups', groups, least=2)
+  check_count('batch_size', batch_size)
+  if batch_size % groups:
     raise ValueError(
       '`batch_size` is the number of examples of one step over all groups, a '
       f'multiple of their number. Given batch_size={batch_size} with '
       f'groups={groups}. Likely it is the batch of one group: write '
       '`batch_size=groups * examples_per_group`.'
     )
+  check_no_schedule('decay', decay)
   number = concrete(decay)
   if number is not None and not 0 <= number < 1:
     raise ValueError(
@@ -139,14 +143,10 @@ def noise_scale(
   def update_fn(
     grads: Any, state: NoiseScaleState, *, second_moment: Any
   ) -> tuple[jax.Array, NoiseScaleState]:
-    check_second_moment(
-      second_moment,
-      grads,
-      'tracker.update(grads, state, second_moment=aux.second_moment)',
-    )
-    large = _total(
-      jax.tree.map(lambda g: jnp.square(at_least_float32(g)), grads)
-    )
+    call = 'tracker.update(grads, state, second_moment=aux.second_moment)'
+    check_order(call, state, NoiseScaleState)
+    check_second_moment(second_moment, grads, call)
+    large = _total(jax.tree.map(abs_sq, grads))
     small = _total(second_moment)
     # The mean of squares is no smaller than the square of the mean, but for
     # rounding.

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import concrete
+from conadv_optax.controllers.order import check_order
+from conadv_optax.core.numeric import check_no_schedule, concrete
 
 
 class OverfittingGuardState(NamedTuple):
@@ -35,13 +36,13 @@ class OverfittingGuard(NamedTuple):
 
   Attributes:
     init: `init(tree)` returns the state before training.
-    update: `update(tree, state, robust_accuracy)` returns `(tree, state)`: the
+    update: `update(robust_accuracy, state, tree)` returns `(tree, state)`: the
       tree as given, or once it is tripped the one that was kept.
   """
 
   init: Callable[[Any], OverfittingGuardState]
   update: Callable[
-    [Any, OverfittingGuardState, ArrayLike],
+    [ArrayLike, OverfittingGuardState, Any],
     tuple[Any, OverfittingGuardState],
   ]
 
@@ -74,6 +75,8 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
     `update` works under `jit`; ask `bool(state.tripped)` outside.
 
   Raises:
+    TypeError: for a function for `max_drop`, or an `update` with an accuracy
+      that is no scalar or the tree in its place.
     ValueError: for a `max_drop` or an accuracy outside [0, 1].
 
   Examples:
@@ -97,15 +100,15 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
     >>> state = guard.init(w)
     >>> # After an epoch. The margin of each example is 1, twice the radius.
     >>> w, state = guard.update(
-    ...     w, state, robust_accuracy(w, batch, jax.random.key(0)))
+    ...     robust_accuracy(w, batch, jax.random.key(0)), state, w)
     >>> chex.assert_trees_all_close(state.robust_accuracy, 1.)
     >>> # After an epoch that lost 0.1, less than `max_drop`.
-    >>> w, state = guard.update(w, state, 0.9)
+    >>> w, state = guard.update(0.9, state, w)
     >>> assert not bool(state.tripped)
     >>> # After an epoch that went wrong: right on clean examples alone.
     >>> w = jnp.array([0., 1.])
     >>> w, state = guard.update(
-    ...     w, state, robust_accuracy(w, batch, jax.random.key(1)))
+    ...     robust_accuracy(w, batch, jax.random.key(1)), state, w)
     >>> assert bool(state.tripped)
     >>> chex.assert_trees_all_close(w, jnp.array([1., 0.]))
 
@@ -124,8 +127,14 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
     )
 
   def update_fn(
-    tree: Any, state: OverfittingGuardState, robust_accuracy: ArrayLike
+    robust_accuracy: ArrayLike, state: OverfittingGuardState, tree: Any
   ) -> tuple[Any, OverfittingGuardState]:
+    check_order(
+      'guard.update(robust_accuracy, state, tree)',
+      state,
+      OverfittingGuardState,
+      measured=robust_accuracy,
+    )
     _check_share('robust_accuracy', robust_accuracy)
     accuracy = jnp.asarray(robust_accuracy, jnp.float32)
     lowest = state.robust_accuracy - jnp.asarray(max_drop, jnp.float32)
@@ -145,6 +154,7 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
 
 
 def _check_share(name: str, value: ArrayLike) -> None:
+  check_no_schedule(name, value)
   number = concrete(value)
   if number is not None and (number < 0 or number > 1):
     raise ValueError(

@@ -90,7 +90,7 @@ def test_controller_is_the_rule_in_plain_python(
   state = controller.init()
   np.testing.assert_allclose(np.stack(state), naive.row(), rtol=1e-6)
   for eigenvalue in eigenvalues:
-    state = controller.update(state, np.float32(eigenvalue))
+    state = controller.update(np.float32(eigenvalue), state)
     naive.evaluate(eigenvalue)
     np.testing.assert_allclose(np.stack(state), naive.row(), rtol=1e-6)
 
@@ -101,13 +101,13 @@ def test_published_defaults():
   state = controller.init()
   sizes = []
   for eigenvalue in (8.0, 4.1, 4.0, 3.0, 2.0):
-    state = controller.update(state, eigenvalue)
+    state = controller.update(eigenvalue, state)
     sizes.append(int(state.micro_batches))
   assert sizes == [1, 1, 2, 2, 4]
   for _ in range(9):
-    state = controller.update(state, 2.0)
+    state = controller.update(2.0, state)
   assert int(state.micro_batches) == 4
-  state = controller.update(state, 2.0)
+  state = controller.update(2.0, state)
   assert int(state.micro_batches) == 8
   assert float(state.reference) == 2, 'Patience does not move the reference.'
 
@@ -117,7 +117,7 @@ def test_a_negative_eigenvalue_is_not_a_flat_loss():
   controller = conadv.absa(64, patience=None)
   state = controller.init()
   for eigenvalue in (4.0, -4.0, -1.0, math.nan, 0.0, 3.0):
-    state = controller.update(state, eigenvalue)
+    state = controller.update(eigenvalue, state)
   assert int(state.micro_batches) == 1
   assert float(state.reference) == 4
 
@@ -126,13 +126,13 @@ def test_state_is_compiled_once_and_keeps_its_dtypes():
   controller, traces = conadv.absa(64), []
 
   @jax.jit
-  def update(state, eigenvalue):
+  def update(eigenvalue, state):
     traces.append(0)
-    return controller.update(state, eigenvalue)
+    return controller.update(eigenvalue, state)
 
   state = first = controller.init()
   for eigenvalue in (8.0, 4.0, 2.0, -1.0):
-    state = update(state, jnp.float32(eigenvalue))
+    state = update(jnp.float32(eigenvalue), state)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
   assert int(state.micro_batches) == 4
   assert len(traces) == 1
@@ -203,7 +203,7 @@ def train(epochs, mesh=None):
         )
       kernel, opt_state = step(kernel, opt_state, plan, micro_batch)
       t += 1
-    plan = update(plan, jnp.float32(eigenvalue))
+    plan = update(jnp.float32(eigenvalue), plan)
     sizes.append(int(plan.micro_batches))
   assert sizes[-1] == 8
   assert len(traces) == 1, 'Growth changes a count alone.'
@@ -250,7 +250,7 @@ def test_a_step_under_way_ends_as_it_began():
   controller = conadv.absa(8, micro_batches=2)
   state = controller.init()
   sizes = [
-    int((state := controller.update(state, value)).micro_batches)
+    int((state := controller.update(value, state)).micro_batches)
     for value in epochs
   ]
   assert sizes == [2, 4, 8, 8]
@@ -280,7 +280,7 @@ def test_without_thresholds_it_is_plain_sgd():
   for t, eigenvalue in enumerate((64.0, 8.0, 1.0, 1e-3, -1.0) * 3):
     batch = make_batch(t, size=SIZE)
     kernel, opt_state = step(kernel, opt_state, plan, batch)
-    plan = controller.update(plan, eigenvalue)
+    plan = controller.update(eigenvalue, plan)
     updates, sgd_state = sgd.update(
       jax.grad(loss_fn)(expected, batch), sgd_state, expected
     )
@@ -309,7 +309,7 @@ def test_curvature_drives_it():
   opt_state, eigenvalues = tx.init(kernel), []
   for _ in range(40):
     eigenvalues.append(float(curvature(kernel)))
-    plan = controller.update(plan, eigenvalues[-1])
+    plan = controller.update(eigenvalues[-1], plan)
     for _ in range(4):
       kernel, opt_state = step(kernel, opt_state, plan, batch)
   flat = jax.hessian(lambda w: loss_fn(w.reshape(5, 3), batch))(kernel.ravel())
@@ -326,7 +326,7 @@ def test_errors_say_what_is_wrong():
     conadv.absa(4, micro_batches=8)
   with pytest.raises(ValueError, match='micro_batches=0'):
     conadv.absa(4, micro_batches=0)
-  with pytest.raises(ValueError, match=r'max_micro_batches=4\.0'):
+  with pytest.raises(TypeError, match=r'max_micro_batches=4\.0'):
     conadv.absa(4.0)
   with pytest.raises(ValueError, match='growth=1'):
     conadv.absa(4, growth=1)
@@ -336,6 +336,16 @@ def test_errors_say_what_is_wrong():
     conadv.absa(4, shrink=2)
   with pytest.raises(ValueError, match='adversarial_evaluations=-1'):
     conadv.absa(4, adversarial_evaluations=-1)
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_arguments_in_another_order_are_told(jit):
   controller = conadv.absa(4)
-  with pytest.raises(ValueError, match=r'Given float32\[3\]'):
-    controller.update(controller.init(), jnp.ones(3))
+  update = jax.jit(controller.update) if jit else controller.update
+  state, write = controller.init(), r'`controller\.update\(pairs\.values'
+  with pytest.raises(TypeError, match=rf'Given AbsaState.*{write}'):
+    update(state, 3.0)
+  with pytest.raises(TypeError, match=rf'Given float32\[3\].*{write}'):
+    update(jnp.ones(3), state)
+  with pytest.raises(TypeError, match=rf'Given tuple in place of .*{write}'):
+    update(3.0, tuple(state))

@@ -1,5 +1,7 @@
 """The noise scale against known covariances, and against NumPy."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -154,6 +156,23 @@ def test_bfloat16_gradients_give_float32_numbers():
   np.testing.assert_allclose(scale, expected, rtol=0.01)
 
 
+def test_complex_gradients_are_pairs_of_real_ones():
+  rng = np.random.default_rng(0)
+  groups = jnp.asarray(1 + rng.normal(size=(8, 5, 2)), jnp.float32)
+  tracker = conadv.noise_scale(16, 8)
+  second_moment = jnp.mean(jnp.sum(groups**2, axis=2), axis=0)
+  grads = jnp.mean(jax.lax.complex(groups[..., 0], groups[..., 1]), axis=0)
+  scale, state = tracker.update(
+    grads, tracker.init(), second_moment=second_moment
+  )
+  numbers = np.asarray(groups, np.float64).reshape(8, 10)
+  noise = 2 * np.sum(np.var(numbers, axis=0, ddof=1))
+  signal = np.sum(numbers.mean(axis=0) ** 2) - noise / 16
+  np.testing.assert_allclose(state.noise, noise, rtol=1e-5)
+  np.testing.assert_allclose(state.signal, signal, rtol=1e-5)
+  np.testing.assert_allclose(scale, noise / signal, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('groups', 'expected'),
   [
@@ -194,19 +213,32 @@ def test_equal_groups_have_no_negative_noise():
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'says'),
+  ('error', 'arguments', 'says'),
   [
-    ({'batch_size': 64, 'groups': 1}, 'conadv.accumulate(grad_fn, 8'),
-    ({'batch_size': 12, 'groups': 8}, 'batch_size=12 with groups=8'),
-    ({'batch_size': 0, 'groups': 8}, 'batch_size=0'),
-    ({'batch_size': 64, 'groups': 8, 'decay': -0.1}, 'decay=-0.1'),
-    ({'batch_size': 64, 'groups': 8, 'decay': 1.0}, 'decay=1.0'),
+    (ValueError, {'batch_size': 64, 'groups': 1}, 'groups=1'),
+    (ValueError, {'batch_size': 12, 'groups': 8}, 'batch_size=12 with groups'),
+    (ValueError, {'batch_size': 0, 'groups': 8}, 'batch_size=0'),
+    (ValueError, {'batch_size': 64, 'groups': 8, 'decay': -0.1}, 'decay=-0.1'),
+    (ValueError, {'batch_size': 64, 'groups': 8, 'decay': 1.0}, 'decay=1.0'),
+    (TypeError, {'batch_size': 64.0, 'groups': 8}, 'batch_size=64.0'),
+    (TypeError, {'batch_size': 64, 'groups': 8.0}, 'groups=8.0'),
+    (
+      TypeError,
+      {'batch_size': 64, 'groups': 8, 'decay': lambda count: 0.9},
+      'decay=schedule(count)',
+    ),
   ],
 )
-def test_wrong_arguments_are_told(arguments, says):
-  with pytest.raises(ValueError) as error:
+def test_wrong_arguments_are_told(error, arguments, says):
+  with pytest.raises(error, match=re.escape(says)):
     conadv.noise_scale(**arguments)
-  assert says in str(error.value)
+
+
+def test_arguments_in_another_order_are_told():
+  tracker, grads = conadv.noise_scale(64, 8), jnp.ones(3)
+  write = r'`tracker\.update\(grads, state, second_moment'
+  with pytest.raises(TypeError, match=write):
+    tracker.update(tracker.init(), grads, second_moment=grads)
 
 
 def test_a_second_moment_that_is_none_or_not_these_gradients_is_told():
