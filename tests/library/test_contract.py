@@ -155,10 +155,10 @@ def test_controller_in_a_scan_is_a_loop(case):
   controller, values = case.make(), jnp.array([8.0, 4.0, -1.0, 1.0])
   state = first = controller.init()
   for value in values:
-    state = controller.update(state, value)
+    state = controller.update(value, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, first)
   scanned, _ = jax.lax.scan(
-    lambda state, value: (controller.update(state, value), None), first, values
+    lambda state, value: (controller.update(value, state), None), first, values
   )
   chex.assert_trees_all_equal(scanned, state)
 
@@ -166,13 +166,13 @@ def test_controller_in_a_scan_is_a_loop(case):
 @pytest.mark.parametrize('case', cases('controller'))
 def test_controller_gives_its_buffers_back(case):
   controller, value = case.make(), jnp.float32(8.0)
-  update = jax.jit(controller.update, donate_argnums=0)
-  state = update(controller.init(), value)
+  update = jax.jit(controller.update, donate_argnums=1)
+  state = update(value, controller.init())
   chex.assert_trees_all_equal(
-    state, controller.update(controller.init(), value)
+    state, controller.update(value, controller.init())
   )
   # And those of an update that was not compiled.
-  update(controller.update(state, value), value)
+  update(value, controller.update(value, state))
 
 
 @pytest.mark.parametrize('case', cases('operator'))
