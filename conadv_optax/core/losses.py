@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from conadv_optax.core.numeric import at_least_float32, describe
 from conadv_optax.core.paths import path_names
@@ -28,13 +29,32 @@ def mean_loss(
   return at_least_float32(loss)
 
 
+def value_and_grad(
+  loss: Callable[[Any], jax.Array], like: Any, batch: Batch
+) -> Callable[[Any], tuple[jax.Array, Any]]:
+  """Of a mean over `batch`, at float32 points, cast to the dtypes of `like`."""
+  # In float16 what an example adds to a mean is lost where the batch is large.
+  # Between it and the sum, powers of two, which round nothing.
+  sizes = [len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+  scale = 2.0 ** (max(sizes, default=1).bit_length() // 2)
+
+  def scaled(point: Any) -> jax.Array:
+    return scale * loss(optax.tree.cast_like(point, like))
+
+  return lambda point: optax.tree.scale(
+    1 / scale, jax.value_and_grad(scaled)(point)
+  )
+
+
 def float32_point(tree: Any) -> Any:
   """The tree in float32; an error where a leaf is not floating."""
   for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise TypeError(
         'Curvature is taken in floating leaves alone. Leaf '
-        f'{list(path_names(path))} is {describe(x)}. Likely a counter: leave '
-        'it out of the parameters and close over it in `loss_fn`.'
+        f'{list(path_names(path))} is {describe(x)}. If it is a counter, leave '
+        'it out of the parameters and close over it in `loss_fn`; if it is '
+        'complex, where the Hessian is no matrix, pass its parts: `(x.real, '
+        'x.imag)`.'
       )
   return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), tree)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.numeric import unit
+from conadv_optax.core.numeric import dot, unit
+from conadv_optax.curvature.vectors import random_like
 
 # A vector this much shorter than the product that it comes from is rounding.
 _ROUNDING = 10 * float(jnp.finfo(jnp.float32).eps)
@@ -45,14 +46,21 @@ def lanczos(
   matvec: Callable[[Any], Any], start: Any, degree: int, key: jax.Array
 ) -> Lanczos:
   """`degree` products with `matvec`, from a float32 start other than zero."""
-  basis = jax.tree.map(lambda x: jnp.zeros((degree, *x.shape), x.dtype), start)
+  # Broadcast, so that it is spread over devices as the vectors are.
+  basis = jax.tree.map(
+    lambda x: jnp.broadcast_to(jnp.zeros_like(x), (degree, *x.shape)), start
+  )
 
   def step(carry: Any, j_and_key: Any) -> Any:
     vector, basis, scale = carry
     j, fresh_key = j_and_key
-    basis = jax.tree.map(lambda q, x: q.at[j].set(x), basis, vector)
+    basis = jax.tree.map(
+      lambda q, x: jax.lax.dynamic_update_index_in_dim(q, x, j, 0),
+      basis,
+      vector,
+    )
     product = matvec(vector)
-    diagonal = optax.tree.vdot(vector, product)
+    diagonal = dot(vector, product)
     scale = jnp.maximum(scale, optax.tree.norm(product))
     rest = _orthogonal(product, basis)
     length = optax.tree.norm(rest)
@@ -60,14 +68,14 @@ def lanczos(
     off_diagonal = jnp.where(exhausted, 0.0, length)
     rest = jax.lax.cond(
       exhausted,
-      lambda: _orthogonal(optax.tree.random_like(fresh_key, rest), basis),
+      lambda: _orthogonal(random_like(fresh_key, rest), basis),
       lambda: rest,
     )
     return (unit(rest), basis, scale), (diagonal, off_diagonal)
 
   (_, basis, _), (diagonal, off_diagonal) = jax.lax.scan(
     step,
-    (unit(start), basis, jnp.zeros([])),
+    (unit(start), basis, jnp.float32(0)),
     (jnp.arange(degree), jax.random.split(key, degree)),
   )
   return Lanczos(diagonal, off_diagonal, basis)
@@ -94,13 +102,6 @@ def combine(coefficients: jax.Array, basis: Any) -> Any:
 def _orthogonal(vector: Any, basis: Any) -> Any:
   """`vector` without its part in the basis; twice, against rounding."""
   for _ in range(2):
-    dots = jax.tree.map(
-      lambda q, x: jnp.tensordot(
-        q, x, axes=x.ndim, precision=jax.lax.Precision.HIGHEST
-      ),
-      basis,
-      vector,
-    )
-    coefficients: Any = sum(jax.tree.leaves(dots))
+    coefficients = jax.vmap(dot, (0, None))(basis, vector)
     vector = optax.tree.sub(vector, combine(coefficients, basis))
   return vector

@@ -5,11 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from conadv_optax.core.losses import float32_point, mean_loss
-from conadv_optax.core.micro_batches import join, mean_over, split
-from conadv_optax.core.numeric import describe
+from conadv_optax.core.losses import float32_point, mean_loss, value_and_grad
+from conadv_optax.core.micro_batches import (
+  Denominator,
+  join,
+  mean_over,
+  split,
+  weight_of,
+)
+from conadv_optax.core.numeric import add_weighted, describe
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Batch
@@ -24,16 +29,18 @@ def operator(
   batch: Batch,
   *,
   micro_batches: int = 1,
+  denominator: Denominator | None = None,
 ) -> Operator:
   r"""The Hessian of the loss in the parameters, as a function of a vector.
 
   .. math::
 
     v \mapsto H v = \nabla_\theta \left( \nabla_\theta L(\theta) \cdot v
-    \right), \qquad L = \frac1m \sum_{i=1}^{m} L_i
+    \right), \qquad L = \frac{\sum_{i=1}^{m} d_i L_i}{\sum_{i=1}^{m} d_i}
 
-  over :math:`m` micro-batches, by forward- over reverse-mode differentiation:
-  the price of about two gradients for a product.
+  over :math:`m` micro-batches of weight :math:`d_i`, 1 without a `denominator`,
+  by forward- over reverse-mode differentiation: the price of about two
+  gradients for a product.
 
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.
@@ -42,15 +49,20 @@ def operator(
     micro_batches: number of parts that the batch is gone through in; it must
       divide the batch. Part i holds the examples i, i + m, ... A loss whose
       batch statistics are in training mode sees those of a part.
+    denominator: what the loss is a mean of, where that is not every example
+      alike: `denominator(batch)` is the scalar that the batch's loss was
+      divided by, `lambda batch: batch['mask'].sum()`. A part of 0 adds nothing.
 
   Returns:
     A function of a float32 pytree like `params` that returns another. The loss
     runs in the dtype of the parameters; sums are float32. In bfloat16 a product
-    has two to three digits: pass the parameters in float32 for more.
+    has two to three digits: pass the parameters in float32 for more. For
+    float16 the loss is scaled by about the root of the batch, and back.
 
   Raises:
-    TypeError: for parameters that are not floating, or a loss that is not a
-      floating scalar.
+    TypeError: for parameters that are not floating (split complex ones into
+      their parts), a loss that is not a floating scalar, or a denominator that
+      is not a real one.
     ValueError: for a batch that `micro_batches` does not divide, or a vector
       that is not like the parameters.
 
@@ -74,12 +86,11 @@ def operator(
     _check_like(vector, point)
 
     def part(batch: Batch) -> Any:
-      def loss(point: Any) -> jax.Array:
-        return mean_loss(loss_fn, optax.tree.cast_like(point, params), batch)
+      return _product(
+        lambda params: mean_loss(loss_fn, params, batch), params, batch, vector
+      )
 
-      return jax.jvp(jax.grad(loss), (point,), (vector,))[1]
-
-    return mean_over(part, batch, micro_batches)
+    return mean_over(part, batch, micro_batches, denominator)
 
   return product
 
@@ -91,6 +102,7 @@ def input_operator(
   *,
   inputs: LeafSpec = 'image',
   micro_batches: int = 1,
+  denominator: Denominator | None = None,
 ) -> Operator:
   r"""The Hessian of the loss in the inputs, as a function of a vector.
 
@@ -109,14 +121,15 @@ def input_operator(
     inputs: the floating leaf of the batch to differentiate in: a key, a tuple
       of keys, or a `(get, set)` pair, as in `wrap`.
     micro_batches: as for `operator`.
+    denominator: as for `operator`; the block of a part is scaled by its share.
 
   Returns:
     A function of a float32 array of the shape of the inputs that returns
     another.
 
   Raises:
-    TypeError: for inputs that are not floating, or a loss that is not a
-      floating scalar.
+    TypeError: for inputs that are not floating, a loss that is not a floating
+      scalar, or a denominator that is not a real one.
     ValueError: for a batch that `micro_batches` does not divide, or a vector
       that is not like the inputs.
     KeyError: when the batch has no leaf `inputs`.
@@ -141,23 +154,36 @@ def input_operator(
   point = float32_point(leaf.get(batch))
 
   def part(batch: Batch, vector: jax.Array) -> jax.Array:
-    x = leaf.get(batch)
+    return _product(
+      lambda x: mean_loss(loss_fn, params, leaf.set(batch, x)),
+      leaf.get(batch),
+      batch,
+      vector,
+    )
 
-    def loss(point: jax.Array) -> jax.Array:
-      perturbed = leaf.set(batch, point.astype(x.dtype))
-      return mean_loss(loss_fn, params, perturbed)
-
-    return jax.jvp(jax.grad(loss), (float32_point(x),), (vector,))[1]
+  def weighed(args: tuple[Batch, jax.Array]) -> Any:
+    result = (jnp.float32(1), part(*args))
+    return add_weighted(None, weight_of(args[0], denominator), result)
 
   def product(vector: jax.Array) -> jax.Array:
     _check_like(vector, point)
     if micro_batches == 1:
       return part(batch, vector)
     parts = split((batch, vector), micro_batches)
-    products = jax.lax.map(lambda args: part(*args), parts)
-    return join(products) / micro_batches
+    weights, products = jax.lax.map(weighed, parts)
+    return join(products) / jnp.sum(weights)
 
   return product
+
+
+def _product(
+  loss: Callable[[Any], jax.Array], like: Any, batch: Batch, vector: Any
+) -> Any:
+  """The Hessian of a mean over `batch` at `like`, times the vector."""
+  gradient = value_and_grad(loss, like, batch)
+  return jax.jvp(
+    lambda point: gradient(point)[1], (float32_point(like),), (vector,)
+  )[1]
 
 
 def _check_like(vector: Any, point: Any) -> None:

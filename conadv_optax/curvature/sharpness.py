@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.losses import float32_point, mean_loss
-from conadv_optax.core.micro_batches import mean_over
+from conadv_optax.core.losses import float32_point, mean_loss, value_and_grad
+from conadv_optax.core.micro_batches import Denominator, mean_over
 from conadv_optax.core.numeric import check_count, check_not_negative, unit
 from conadv_optax.core.types import Batch
+from conadv_optax.curvature.vectors import random_like
 
 
 class Sharpness(NamedTuple):
@@ -43,6 +44,7 @@ def sharpness(
   key: jax.Array,
   steps: int = 20,
   micro_batches: int = 1,
+  denominator: Denominator | None = None,
 ) -> Sharpness:
   r"""The largest loss in an L2 ball, by projected gradient ascent.
 
@@ -74,6 +76,8 @@ def sharpness(
     steps: number of steps; each takes the gradient of the whole batch.
     micro_batches: number of parts that the batch is gone through in; it must
       divide the batch. Memory is that of one.
+    denominator: what the loss is a mean of, as for `hessian.operator`:
+      `lambda batch: batch['mask'].sum()`.
 
   Returns:
     `Sharpness`. Where the loss is flat, or the radius 0, the value is 0. The
@@ -81,8 +85,9 @@ def sharpness(
     rounds a small radius away.
 
   Raises:
-    TypeError: for parameters that are not floating, or a loss that is not a
-      floating scalar.
+    TypeError: for parameters that are not floating (split complex ones into
+      their parts), a loss that is not a floating scalar, or a denominator that
+      is not a real one.
     ValueError: for a negative radius, fewer than one step, or a batch that
       `micro_batches` does not divide.
 
@@ -107,12 +112,11 @@ def sharpness(
 
   def loss_and_gradient(shift: Any) -> tuple[jax.Array, Any]:
     def part(batch: Batch) -> tuple[jax.Array, Any]:
-      def loss(point: Any) -> jax.Array:
-        return mean_loss(loss_fn, optax.tree.cast_like(point, params), batch)
+      return value_and_grad(
+        lambda params: mean_loss(loss_fn, params, batch), params, batch
+      )(optax.tree.add(center, shift))
 
-      return jax.value_and_grad(loss)(optax.tree.add(center, shift))
-
-    return mean_over(part, batch, micro_batches)
+    return mean_over(part, batch, micro_batches, denominator)
 
   def step(shift: Any, size: jax.Array) -> tuple[Any, jax.Array]:
     value, gradient = loss_and_gradient(shift)
@@ -120,7 +124,7 @@ def sharpness(
     return _project(optax.tree.add(shift, ascent), radius), value
 
   loss, gradient = loss_and_gradient(optax.tree.zeros_like(center))
-  noise = unit(optax.tree.random_like(key, center))
+  noise = unit(random_like(key, center))
   direction = unit(optax.tree.add_scale(unit(gradient), 0.1, noise))
   shift = optax.tree.scale(radius, direction)
   sizes = radius * (1 - jnp.arange(steps, dtype=jnp.float32) / steps)

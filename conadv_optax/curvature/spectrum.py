@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.losses import float32_point
-from conadv_optax.core.numeric import check_count
+from conadv_optax.core.numeric import check_count, dot
 from conadv_optax.curvature.lanczos import combine, lanczos, ritz
 from conadv_optax.curvature.operators import Operator
+from conadv_optax.curvature.vectors import random_like
 
 
 class Eigenpairs(NamedTuple):
@@ -124,7 +124,7 @@ def top_eigenpairs(
       f'{_dimensions(space)} dimensions. Write `iterations={2 * n}` or more.'
     )
   start_key, fresh_key = jax.random.split(key)
-  start = optax.tree.random_like(start_key, space)
+  start = random_like(start_key, space)
   result = lanczos(matvec, start, iterations, fresh_key)
   values, columns = ritz(result)
   top = columns[:, ::-1][:, :n]
@@ -183,8 +183,8 @@ def trace(
   check_count('samples', samples, least=2)
 
   def sample(key: jax.Array) -> jax.Array:
-    z = _rademacher(key, space)
-    return optax.tree.vdot(z, matvec(z))
+    z = random_like(key, space, jax.random.rademacher)
+    return dot(z, matvec(z))
 
   values = jax.lax.map(sample, jax.random.split(key, samples))
   error = jnp.std(values, ddof=1) / samples**0.5
@@ -249,7 +249,7 @@ def spectral_density(
 
   def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     start_key, fresh_key = jax.random.split(key)
-    start = _rademacher(start_key, space)
+    start = random_like(start_key, space, jax.random.rademacher)
     nodes, columns = ritz(lanczos(matvec, start, degree, fresh_key))
     return nodes, columns[0] ** 2
 
@@ -298,10 +298,6 @@ def smoothed_density(
   sigma = jnp.sqrt(jnp.asarray(variance, nodes.dtype))
   heights = jax.scipy.stats.norm.pdf(grid[:, None], nodes[None], sigma)
   return jnp.dot(heights, weights, precision=jax.lax.Precision.HIGHEST)
-
-
-def _rademacher(key: jax.Array, like: Any) -> Any:
-  return optax.tree.random_like(key, like, jax.random.rademacher)
 
 
 def _dimensions(space: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from conadv_optax.core.numeric import check_count, describe
 from conadv_optax.core.paths import path_names
@@ -37,21 +38,16 @@ def batch_augment(
   of :math:`B` examples, each example of each copy augmented with a key of its
   own. Rate and steps per epoch stay those of the batch of :math:`B`.
 
-  The copies lie one after another: copy :math:`i` of example :math:`n` has the
-  index :math:`i B + n`. Whatever takes the batch apart cuts it in this order,
-  so where the size of a BatchNorm group divides :math:`B`, a group holds
-  examples of one copy, none twice; a group of all :math:`M B` holds every copy.
+  The copies of an example lie side by side: copy :math:`i` of example :math:`n`
+  has the index :math:`n M + i`. So a batch that is spread over devices stays
+  where it is, and each device makes the copies of its own examples.
 
   - `conadv.accumulate(grad_fn, copies)` runs one copy after another, with the
-    memory of one: each copy is a group.
-  - `conadv.data_parallel(grad_fn, mesh)` gives each device its share; the
-    number of devices must divide :math:`M B`.
+    memory of one: micro-batch :math:`i`, a BatchNorm group, is copy :math:`i`.
+  - `conadv.data_parallel(grad_fn, mesh)` makes a group of each device, which
+    holds every copy of its own examples.
   - `conadv.data_parallel(conadv.accumulate(grad_fn, copies), mesh)` is both,
-    with groups of :math:`B` over the number of devices.
-
-  Inside `jit`, a batch that is spread over devices already has its examples
-  sent to others, since a copy is spread over part of them; on a mesh with
-  explicit axes, augment before it is spread.
+    with groups of one copy of a device's examples, none twice.
 
   Args:
     augment_fn: `augment_fn(key, example)` returns the augmented example: a
@@ -63,9 +59,10 @@ def batch_augment(
     `copies` times the batch.
 
   Raises:
-    TypeError: for an `augment_fn` that is no function.
-    ValueError: for `copies` that are not an int of at least 1, or when it is
-      called on leaves that do not share a leading axis.
+    TypeError: for an `augment_fn` that is no function, or `copies` that are no
+      int.
+    ValueError: for `copies` below 1, or when it is called on leaves that do not
+      share a leading axis.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -75,7 +72,7 @@ def batch_augment(
     >>> augment = conadv.batch_augment(shift, 3)
     >>> batch = augment(jax.random.key(0), jnp.array([1., 2.]))
     >>> chex.assert_trees_all_equal(
-    ...     jnp.round(batch), jnp.array([1., 2., 1., 2., 1., 2.]))
+    ...     jnp.round(batch), jnp.array([1., 1., 1., 2., 2., 2.]))
     >>> assert len(set(batch.tolist())) == 6
 
   References:
@@ -89,20 +86,22 @@ def batch_augment(
     )
   check_count('copies', copies)
 
+  # Compiled, so that the numbers lie where the batch does.
+  @jax.jit
   def augment(key: jax.Array, batch: Batch) -> Batch:
-    batch = jax.tree.map(jnp.asarray, batch)
-    keys = jax.random.split(key, (copies, _batch_size(batch)))
-    one_copy = jax.vmap(augment_fn)
-    # A new axis and a reshape: a batch that is spread over devices is not to be
-    # concatenated along the axis that it is spread over.
-    augmented = jax.vmap(one_copy, in_axes=(0, None))(keys, batch)
+    def copies_of(number: jax.Array, example: Any) -> Any:
+      example_key = jax.random.fold_in(key, number)
+      keys = jax.random.split(example_key, copies)
+      return jax.vmap(augment_fn, in_axes=(0, None))(keys, example)
+
+    augmented = jax.vmap(copies_of)(_numbers(batch), batch)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), augmented)
 
   return augment
 
 
-def _batch_size(batch: Batch) -> int:
-  """The length of the leading axis, which all leaves share."""
+def _numbers(batch: Batch) -> jax.Array:
+  """Of the examples, spread like the leading axis, which all leaves share."""
   leaves = jax.tree_util.tree_leaves_with_path(batch)
   sizes = {x.shape[0] if x.shape else 0 for _, x in leaves}
   if len(sizes) != 1 or 0 in sizes:
@@ -114,4 +113,10 @@ def _batch_size(batch: Batch) -> int:
       f'least one. Given {given}. What belongs to no example goes into '
       '`augment_fn`: `functools.partial(augment, mean=mean)`.'
     )
-  return int(sizes.pop())
+  sharding = jax.typeof(leaves[0][1]).sharding
+  return jax.lax.broadcasted_iota(
+    jnp.uint32,
+    (sizes.pop(),),
+    0,
+    out_sharding=sharding.update(spec=P(sharding.spec[0])),
+  )

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import init_model, loss_fn, make_batch
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 
@@ -14,8 +15,8 @@ CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 KEY = jax.random.key(0)
 
 
-def make_mesh():
-  return jax.make_mesh((8,), ('data',), (AxisType.Auto,))
+def make_mesh(axis_type=AxisType.Auto):
+  return jax.make_mesh((8,), ('data',), (axis_type,))
 
 
 def jitter(key, example):
@@ -35,39 +36,55 @@ def call(grad_fn, batch):
   )
 
 
-def parts_of(batch, parts):
-  split = jax.tree.map(lambda x: np.split(np.asarray(x), parts), batch)
-  return [
-    {name: jnp.asarray(split[name][k]) for name in batch} for k in range(parts)
-  ]
-
-
-def mean_over_parts(batch, parts):
-  """Loss, statistics and gradient, each part with statistics of its own."""
+def mean_over_groups(groups):
+  """Loss, statistics and gradient, each group with statistics of its own."""
   params, model_state = init_model()
   step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-  rows = [step(params, model_state, part) for part in parts_of(batch, parts)]
+  rows = [step(params, model_state, group) for group in groups]
   return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *rows)
 
 
-def assert_is_mean_over_parts(output, batch, parts):
+def assert_is_mean_over_groups(output, groups):
   (loss, aux), grads, _ = output
   chex.assert_trees_all_close(
-    ((loss, aux.model_state), grads), mean_over_parts(batch, parts), **CLOSE
+    ((loss, aux.model_state), grads), mean_over_groups(groups), **CLOSE
   )
 
 
-def test_copies_lie_one_after_another():
+def copies_of(batch, copies):
+  """The batch of each copy, the first of every example, the second, ..."""
+  return [
+    jax.tree.map(lambda x, i=i: x[i::copies], batch) for i in range(copies)
+  ]
+
+
+def test_copies_lie_side_by_side():
   batch = {'x': jnp.arange(5.0), 'label': jnp.arange(5)}
   augment = conadv.batch_augment(
     lambda key, example: {**example, 'draw': jax.random.uniform(key)}, 3
   )
   augmented = jax.jit(augment)(KEY, batch)
-  expected = {name: np.tile(np.arange(5), 3) for name in batch}
-  np.testing.assert_array_equal(augmented['x'], expected['x'])
-  np.testing.assert_array_equal(augmented['label'], expected['label'])
+  expected = np.repeat(np.arange(5), 3)
+  np.testing.assert_array_equal(augmented['x'], expected)
+  np.testing.assert_array_equal(augmented['label'], expected)
   assert augmented['label'].dtype == batch['label'].dtype
   assert len(np.unique(augmented['draw'])) == 15, 'A key for each of each copy.'
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize('axes', ['a', ('a', 'b')])
+def test_no_example_leaves_its_device(axes, axis_type):
+  mesh = jax.make_mesh((4, 2), ('a', 'b'), (axis_type,) * 2)
+  batch = {'image': jnp.arange(48.0).reshape(16, 3), 'label': jnp.arange(16)}
+  spread = jax.device_put(batch, NamedSharding(mesh, P(axes)))
+  augment = conadv.batch_augment(jitter, 3)
+  compiled = jax.jit(augment).lower(KEY, spread).compile()
+  for moved in ('all-gather', 'all-to-all', 'all-reduce', 'collective-permute'):
+    assert moved not in compiled.as_text()
+  expected = augment(KEY, batch)
+  for augmented in (compiled(KEY, spread), augment(KEY, spread)):
+    chex.assert_trees_all_close(augmented, expected, **CLOSE)
+    assert augmented['image'].sharding.spec[0] == axes
 
 
 def test_an_example_may_change_its_shape_and_dtype():
@@ -95,34 +112,40 @@ def test_the_gradient_is_the_mean_over_copies_and_examples():
 def test_micro_batches_are_copies(copies):
   batch = conadv.batch_augment(jitter, copies)(KEY, make_batch(0))
   grad_fn = conadv.accumulate(conadv.plain(loss_fn, has_state=True), copies)
-  assert_is_mean_over_parts(call(grad_fn, batch), batch, copies)
+  groups = copies_of(batch, copies)
+  assert_is_mean_over_groups(call(grad_fn, batch), groups)
   if copies > 1:
-    whole = mean_over_parts(batch, 1)[0][0]
-    assert abs(whole - mean_over_parts(batch, copies)[0][0]) > 1e-4
+    whole = mean_over_groups([batch])[0][0]
+    assert abs(whole - mean_over_groups(groups)[0][0]) > 1e-4
 
 
-def test_on_devices_a_group_holds_examples_of_one_copy():
-  mesh, copies = make_mesh(), 2
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_on_devices_a_group_holds_examples_of_one_copy(axis_type):
+  mesh, copies = make_mesh(axis_type), 2
   plain = conadv.plain(loss_fn, has_state=True)
   grad_fn = conadv.data_parallel(conadv.accumulate(plain, copies), mesh)
   augment = conadv.batch_augment(jitter, copies)
   batch = make_batch(0, size=32)
   # From a batch that is spread over the devices already.
-  spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
+  spread = jax.device_put(batch, NamedSharding(mesh, P('data')))
   params, model_state = init_model()
 
   @jax.jit
   def step(params, model_state, batch):
     batch = augment(KEY, batch)
-    output = grad_fn.value_and_grad(
+    return grad_fn.value_and_grad(
       params, grad_fn.init(params, []), batch, model_state=model_state
     )
-    return output, batch
 
-  output, augmented = step(params, model_state, spread)
-  chex.assert_trees_all_close(augmented, augment(KEY, batch), **CLOSE)
-  # Eight devices of two groups of four: 32 examples hold eight whole groups.
-  assert_is_mean_over_parts(output, augmented, 16)
+  augmented = augment(KEY, batch)
+  groups = [
+    jax.tree.map(lambda x, rows=rows: x[rows], augmented)
+    for rows in np.arange(64)
+    .reshape(8, 4, copies)
+    .swapaxes(1, 2)
+    .reshape(16, 4)
+  ]
+  assert_is_mean_over_groups(step(params, model_state, spread), groups)
 
 
 def test_one_copy_as_it_is_makes_the_plain_step():
@@ -148,9 +171,12 @@ def test_copies_that_do_not_fill_the_groups_are_an_error(make, message):
     call(grad_fn, augment(KEY, make_batch(0, size=4)))
 
 
-@pytest.mark.parametrize('copies', [0, -1, 2.0, True])
-def test_copies_that_are_no_number_of_copies(copies):
-  with pytest.raises(ValueError, match='`copies`'):
+@pytest.mark.parametrize(
+  ('error', 'copies'),
+  [(ValueError, 0), (ValueError, -1), (TypeError, 2.0), (TypeError, True)],
+)
+def test_copies_that_are_no_number_of_copies(error, copies):
+  with pytest.raises(error, match='`copies`'):
     conadv.batch_augment(jitter, copies)
 
 

@@ -146,14 +146,71 @@ def test_the_direction_of_the_start_alone_is_random():
   np.testing.assert_allclose(found[1], found[3], rtol=2e-3)
 
 
-def test_a_batch_on_eight_devices_gives_the_same():
-  batch, _, _ = make_problem([1, 2, 3, 4, 9], 1.0)
-  batch = jax.tree.map(lambda x: jnp.concatenate([x, 2 * x]), batch)
-  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  sharded = jax.device_put(batch, NamedSharding(mesh, P('data')))
-  w = jax.device_put(jnp.ones(SIZE), NamedSharding(mesh, P()))
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  ('shape', 'axes', 'of_params', 'of_batch'),
+  [
+    ((8,), ('data',), P(), P('data')),
+    ((4, 2), ('data', 'model'), P('model'), P('data')),
+    ((4, 2), ('data', 'model'), P(), P(('data', 'model'))),
+  ],
+)
+def test_on_eight_devices_it_is_the_same(
+  shape, axes, of_params, of_batch, axis_type
+):
+  mesh = jax.make_mesh(shape, axes, axis_types=(axis_type,) * len(axes))
+  rng = np.random.default_rng(0)
+  w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (4, (16, 4)))
+  mean = np.mean(np.float64(x), axis=0)
+
+  @jax.jit
+  def find(w, x):
+    return conadv.sharpness(
+      lambda w, x: jnp.mean(jnp.sum(x * w[None], axis=1)),
+      w,
+      x,
+      0.5,
+      key=KEY,
+      micro_batches=2,
+    )
+
+  found = find(
+    jax.device_put(w, NamedSharding(mesh, of_params)),
+    jax.device_put(x, NamedSharding(mesh, of_batch)),
+  )
+  loss, rise = mean @ np.float64(w), 0.5 * np.linalg.norm(mean)
   np.testing.assert_allclose(
-    sharpness(w, sharded, 0.5), sharpness(jnp.ones(SIZE), batch, 0.5), rtol=1e-4
+    found, (loss, loss + rise, rise / (1 + abs(loss))), rtol=1e-3, atol=1e-5
+  )
+
+
+def test_a_mean_over_a_mask_is_that_of_the_whole_batch():
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(12, 4)), rng.normal(size=4)
+  # The second of three strided parts has none.
+  mask = np.array([1, 0, 1] * 2 + [1, 0, 0] * 2)
+
+  @jax.jit
+  def find(w, batch):
+    return conadv.sharpness(
+      lambda w, batch: (
+        jnp.sum(batch['x'] @ w * batch['mask']) / jnp.sum(batch['mask'])
+      ),
+      w,
+      batch,
+      0.5,
+      key=KEY,
+      micro_batches=3,
+      denominator=lambda batch: batch['mask'].sum(),
+    )
+
+  batch = {'x': jnp.float32(x), 'mask': jnp.float32(mask)}
+  mean = mask @ x / mask.sum()
+  loss, rise = mean @ w, 0.5 * np.linalg.norm(mean)
+  np.testing.assert_allclose(
+    find(jnp.float32(w), batch),
+    (loss, loss + rise, rise / (1 + abs(loss))),
+    rtol=1e-3,
   )
 
 
@@ -190,9 +247,11 @@ def test_errors_say_what_is_wrong():
     call(-1.0)
   with pytest.raises(ValueError, match='steps=0'):
     call(steps=0)
-  with pytest.raises(ValueError, match='multiple of micro_batches=3'):
+  with pytest.raises(ValueError, match='multiple of the 3 micro-batches'):
     call(micro_batches=3)
   with pytest.raises(TypeError, match='int32'):
     call(params={'a': jnp.arange(2), 'b': jnp.ones((1, 3))})
+  with pytest.raises(TypeError, match=r'complex64\[1,3\].*x\.real'):
+    call(params={'a': jnp.ones(2), 'b': jnp.ones((1, 3), jnp.complex64)})
   with pytest.raises(TypeError, match='the mean is missing'):
     call(loss_fn=lambda params, batch: batch['c'])
