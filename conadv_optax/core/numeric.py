@@ -19,6 +19,11 @@ def tree_at_least_float32(tree: Any) -> Any:
   return jax.tree.map(at_least_float32, tree)
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+  """Every leaf in the dtype of its counterpart."""
+  return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
 def is_inexact(x: Any) -> bool:
   """Whether a mean makes sense for `x`: it is floating or complex."""
   return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

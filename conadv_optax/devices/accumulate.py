@@ -1,24 +1,35 @@
 """One device for many: a step in micro-batches."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import at_least_float32
+from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.micro_batches import cut, join, part_of
+from conadv_optax.core.numeric import abs_sq, check_count
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
   ConAdvState,
+  Denominators,
   GradientFunction,
+  LossFn,
+  gradient_function,
+  pytree,
 )
 from conadv_optax.devices import groups
+from conadv_optax.training.plain import as_gradient_function
+from conadv_optax.training.queue import check_first_batches
 
 
 def accumulate(
-  grad_fn: GradientFunction, count: int, *, second_moment: bool = False
+  grad_fn: GradientFunction | LossFn,
+  micro_batches: int,
+  *,
+  second_moment: bool = False,
 ) -> GradientFunction:
   r"""Runs a gradient function on one micro-batch of the batch after another.
 
@@ -26,18 +37,21 @@ def accumulate(
 
     g = \frac1K \sum_{k=1}^{K} g_k
 
-  where :math:`g_k` is the gradient on the k-th of `count` = :math:`K` parts of
-  the batch, in its order. One device then does what `data_parallel` does on
-  `count` devices: BatchNorm's groups are the micro-batches, each of which folds
-  its number into the key and starts from the same model state. It takes as many
-  times longer, and the memory of one micro-batch beside batch and queue.
+  where :math:`g_k` is the gradient on the k-th of `micro_batches` = :math:`K`
+  parts of the batch, its examples :math:`k, k + K, k + 2K, \ldots`, so that a
+  batch which is spread over devices stays where it is. One device then does
+  what `data_parallel` does on as many devices: BatchNorm's groups are the
+  micro-batches, each of which folds its number into the key and starts from the
+  same model state. It takes as many times longer, and the memory of one
+  micro-batch beside batch and queue.
 
-  With both, `data_parallel(accumulate(grad_fn, count), mesh)` reduces once a
-  step over the devices.
+  With both, `data_parallel(accumulate(grad_fn, micro_batches), mesh)` reduces
+  once a step over the devices.
 
   Args:
-    grad_fn: what `conadv.wrap` returned, say.
-    count: the number of micro-batches, static.
+    grad_fn: what `conadv.wrap` returned, say, or a loss function as for
+      `plain`.
+    micro_batches: their number, static.
     second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too.
 
   Returns:
@@ -48,8 +62,8 @@ def accumulate(
     (booleans are counted), and an array is put together along its leading axis.
 
   Raises:
-    TypeError: for a count that is not an int.
-    ValueError: for a count below 1, or a leaf of a batch that does not divide
+    TypeError: for a number that is not an int.
+    ValueError: for a number below 1, or a leaf of a batch that does not divide
       evenly.
 
   Examples:
@@ -61,7 +75,7 @@ def accumulate(
     >>> (loss, aux), grads, _ = grad_fn.value_and_grad(
     ...     w, grad_fn.init(w, []), batch)
     >>> chex.assert_trees_all_close(grads, 2 * batch.mean())
-    >>> of_groups = 2 * jnp.array([0.5, 2.5, 4.5, 6.5])
+    >>> of_groups = 2 * jnp.array([2., 3., 4., 5.])
     >>> chex.assert_trees_all_close(
     ...     aux.second_moment, jnp.mean(of_groups ** 2))
 
@@ -69,149 +83,217 @@ def accumulate(
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training
     <https://arxiv.org/abs/2106.00221>`_, 2022: the groups of its BatchNorm
   """
-  if isinstance(count, bool) or not isinstance(count, int):
-    raise TypeError(
-      '`count` is a number of micro-batches, a Python int, because the shape '
-      f'of each depends on it. Given {count!r} of type {type(count).__name__}.'
-    )
-  if count < 1:
-    raise ValueError(
-      '`count` is a number of micro-batches, 1 or more. Given '
-      f'count={count}. Likely the division is upside down: '
-      '`count=batch_size // micro_batch_size`.'
-    )
-  if count == 1 and not second_moment:
-    return grad_fn
+  check_count('micro_batches', micro_batches)
+  grad_fn = as_gradient_function(grad_fn)
+  return gradient_function(
+    _Accumulate(grad_fn, micro_batches, second_moment),
+    grad_fn.staleness,
+    has_denominators=grad_fn.denominators is not None,
+  )
 
-  def micro_batches(batch: Batch) -> Batch:
-    batch = jax.tree.map(jnp.asarray, batch)
-    groups.check_divides(batch, count, 'micro-batches', 'take another `count`')
-    return jax.tree.map(
-      lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch
-    )
+
+@pytree('grad_fn')
+class _Accumulate:
+  grad_fn: GradientFunction
+  micro_batches: int
+  second_moment: bool
 
   def init(
+    self,
     params: Any,
     first_batches: Sequence[Batch],
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> Any:
-    checks.check_first_batches(first_batches, grad_fn.staleness)
-
-    def init_one(args: tuple[jax.Array, list[Batch]]) -> Any:
-      number, batches = args
-      return grad_fn.init(
-        params,
-        batches,
-        model_state=model_state,
-        key=groups.own_key(key, number),
-      )
-
-    stacked = jax.lax.map(
-      init_one,
-      (jnp.arange(count), [micro_batches(batch) for batch in first_batches]),
-    )
-    return groups.map_state(
-      stacked,
-      queue=lambda part: ConAdvState(
-        jax.tree.map(lambda x: x[0], part.slot),
-        jax.tree.map(_join_second_axis, part.queue),
-      ),
-      own=lambda part: part,
-      shared=lambda leaf: leaf[0],
-    )
+    check_first_batches(first_batches, self.grad_fn.staleness)
+    batches = [self._cut(batch) for batch in first_batches]
+    return jax.jit(self._init)(params, batches, model_state, key)
 
   def value_and_grad(
+    self,
     params: Any,
     state: Any,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    batches = micro_batches(batch)
+    return self._compiled(
+      params, state, self._cut(batch), model_state, key, denominators
+    )
 
-    def one(state: Any, batch: Batch, number: jax.Array) -> Any:
-      (loss, aux), grads, state = grad_fn.value_and_grad(
+  def denominators(self, state: Any, batch: Batch) -> Denominators:
+    """Their mean over the micro-batches."""
+    return self._denominators(
+      _cut(state, self.micro_batches), self._cut(batch)
+    )
+
+  def _init(self, params: Any, batches: Any, model_state: Any, key: Any) -> Any:
+    def one(number: jax.Array) -> Any:
+      return self.grad_fn.init(
         params,
-        state,
-        batch,
+        part_of(batches, number),
         model_state=model_state,
         key=groups.own_key(key, number),
       )
-      squares = groups.second_moment(aux, grads, second_moment)
-      scalars, arrays = groups.split_aux(aux.aux)
-      scalars = jax.tree.map(_number, scalars)
-      averaged = (loss, aux.losses, aux.model_state, grads, squares)
-      return averaged, scalars, arrays, state
 
-    def body(carry: Any, xs: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
-      written, part, averaged, scalars = carry
-      number, batch = xs
-      new_averaged, new_scalars, arrays, new = one(part, batch, number)
-      written = _write(written, new, number)
+    stacked = jax.lax.map(one, jnp.arange(self.micro_batches))
+    return groups.map_state(
+      stacked,
+      queue=lambda part: (
+        ConAdvState(part.slot[0], jax.tree.map(_from_parts, part.queue))
+        if jax.tree.leaves(part)
+        else part
+      ),
+      own=lambda part: part,
+      shared=lambda leaf: leaf[0],
+    )
+
+  def _run(
+    self,
+    params: Any,
+    state: Any,
+    batches: Batch,
+    model_state: Any,
+    key: Any,
+    denominators: Denominators | None,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
+    whole, state = denominators is None, _cut(state, self.micro_batches)
+    if whole and self.grad_fn.denominators is not None:
+      denominators = self._denominators(state, batches)
+
+    def one(part: Any, number: jax.Array) -> Any:
+      batch, own = part_of(batches, number), None
+      if self.grad_fn.denominators is not None:
+        own = self.grad_fn.denominators(part, batch)
+      parts, moment, new = groups.run_group(
+        self.grad_fn,
+        params,
+        part,
+        batch,
+        model_state,
+        groups.own_key(key, number),
+        denominators,
+      )
+      groups.check_one_kind(moment, self.second_moment)
+      return parts, moment, groups.share_of_mean(own, denominators), new
+
+    def body(carry: Any, number: jax.Array) -> tuple[Any, Any]:
+      written, part, total, deviations, seen = carry
+      new, moment, share, new_part = one(part, number)
+      means = jax.tree.map(jnp.add, total.means, new.means)
+      if deviations is not None:
+        before, after = (
+          _mean(total.means[2], seen),
+          _mean(means[2], seen + share),
+        )
+        of_new = groups.deviation(new.means[2], moment, share, before, after)
+        deviations = jax.tree.map(jnp.add, deviations, of_new)
+      counts = jax.tree.map(jnp.add, total.counts, new.counts)
+      written = _write(written, new_part, number)
       carry = (
         written,
         # Read after this part is written, the queue changes in place; read
         # before, the compiler copies all of it for each micro-batch.
-        _read(state, written, number + 1, count),
-        jax.tree.map(_add_or_last, averaged, new_averaged),
-        jax.tree.map(_add, scalars, new_scalars),
+        _read(state, written, number + 1),
+        groups.Parts(means, counts, new.kept, None),
+        deviations,
+        seen + share,
       )
-      return carry, arrays
+      return carry, new.arrays
 
-    number = jnp.zeros([], jnp.int32)
-    first = _read(state, state, number, count)
-    shapes = jax.eval_shape(
-      one, first, jax.tree.map(lambda x: x[0], batches), number
+    zero = jnp.zeros([], jnp.int32)
+    first = _read(state, state, zero)
+    shapes, moment, share, _ = jax.eval_shape(one, first, zero)
+    wants_moment = self.second_moment or moment is not None
+    zeros = (
+      shapes._replace(arrays=None),
+      shapes.means[2] if wants_moment else None,
+      share,
     )
-    zeros = jax.tree.map(_zero, shapes[:2])
-    (state, _, averaged, scalars), arrays = jax.lax.scan(
+    (state, _, total, deviations, seen), arrays = jax.lax.scan(
       body,
-      (state, first, *zeros),
-      (jnp.arange(count, dtype=jnp.int32), batches),
+      (state, first, *jax.tree.map(_zero, zeros)),
+      jnp.arange(self.micro_batches, dtype=jnp.int32),
     )
-
-    def mean(total: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-      if not groups.is_floating(shape):
-        return total
-      return (total / count).astype(shape.dtype)
-
-    loss, losses, model_state, grads, squares = jax.tree.map(
-      mean, averaged, shapes[0]
+    means = jax.tree.map(lambda x: x / self.micro_batches, total.means)
+    if wants_moment:
+      share = seen / self.micro_batches
+      deviations = jax.tree.map(
+        lambda g, part: (
+          abs_sq(g) / jnp.where(share > 0, share, 1.0)
+          + part / self.micro_batches
+        ),
+        means[2],
+        deviations,
+      )
+    parts = groups.Parts(means, total.counts, total.kept, join(arrays))
+    output, grads = groups.put_together(
+      parts, deviations, params, model_state, whole
     )
-    scalars = jax.tree.map(mean, scalars, shapes[1])
-    arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
-    aux = ConAdvAux(
-      losses, model_state, groups.join_aux(scalars, arrays), squares
-    )
-    return (loss, aux), grads, state
+    return output, grads, _uncut(state)
 
-  return GradientFunction(init, value_and_grad, grad_fn.staleness)
+  def _denominators(self, state: Any, batches: Batch) -> Denominators:
+    def one(number: jax.Array) -> Denominators:
+      assert self.grad_fn.denominators is not None
+      part = _read(state, state, number)
+      return self.grad_fn.denominators(part, part_of(batches, number))
+
+    every = jax.lax.map(one, jnp.arange(self.micro_batches))
+    return jax.tree.map(jnp.mean, every)
+
+  @functools.cached_property
+  def _compiled(self) -> Callable[..., Any]:
+    # Outside of `jit` a loop carries nothing that is spread over explicit axes.
+    return jax.jit(self._run)
+
+  def _cut(self, batch: Batch) -> Batch:
+    return cut(as_arrays(batch), self.micro_batches)
 
 
-def _join_second_axis(x: jax.Array) -> jax.Array:
+def _cut(state: Any, micro_batches: int) -> Any:
+  """The queue, (tau, B, ...), as (tau, B / K, K, ...)."""
+  return _each_queue(
+    lambda x: x.reshape(
+      x.shape[0], x.shape[1] // micro_batches, micro_batches, *x.shape[2:]
+    ),
+    state,
+  )
+
+
+def _uncut(state: Any) -> Any:
+  return _each_queue(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state)
+
+
+def _from_parts(x: jax.Array) -> jax.Array:
   """From (K, tau, B / K, ...) to (tau, B, ...)."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
+  return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _read(state: Any, written: Any, number: jax.Array, count: int) -> Any:
+def _each_queue(fn: Callable[[jax.Array], jax.Array], state: Any) -> Any:
+  return groups.map_state(
+    state,
+    queue=lambda part: ConAdvState(part.slot, jax.tree.map(fn, part.queue)),
+    own=lambda part: part,
+    shared=lambda leaf: leaf,
+  )
+
+
+def _read(state: Any, written: Any, number: jax.Array) -> Any:
   """One micro-batch's part of `written`; what is shared is that of `state`."""
 
-  def take(ring: jax.Array) -> jax.Array:
-    size = ring.shape[1] // count
-    return jax.lax.dynamic_slice_in_dim(ring, number * size, size, axis=1)
-
-  def one(x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+  def take(x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, number, axis=axis, keepdims=False)
 
   return groups.map_state(
     state,
     written,
-    queue=lambda old, new: ConAdvState(old.slot, jax.tree.map(take, new.queue)),
-    own=lambda old, new: jax.tree.map(one, new),
+    queue=lambda old, new: ConAdvState(
+      old.slot, jax.tree.map(lambda x: take(x, 2), new.queue)
+    ),
+    own=lambda old, new: jax.tree.map(lambda x: take(x, 0), new),
     shared=lambda old, new: old,
   )
 
@@ -219,39 +301,25 @@ def _read(state: Any, written: Any, number: jax.Array, count: int) -> Any:
 def _write(written: Any, new: Any, number: jax.Array) -> Any:
   """Puts one micro-batch's part back in its place."""
 
-  def put(ring: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(
-      ring, x, number * x.shape[1], axis=1
+  def put(axis: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return lambda every, x: jax.lax.dynamic_update_index_in_dim(
+      every, x, number, axis
     )
-
-  def put_one(all_: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(all_, x, number, axis=0)
 
   return groups.map_state(
     written,
     new,
     queue=lambda old, new: ConAdvState(
-      new.slot, jax.tree.map(put, old.queue, new.queue)
+      new.slot, jax.tree.map(put(2), old.queue, new.queue)
     ),
-    own=lambda old, new: jax.tree.map(put_one, old, new),
+    own=lambda old, new: jax.tree.map(put(0), old, new),
     shared=lambda old, new: new,
   )
 
 
-def _number(x: Any) -> jax.Array:
-  """A scalar of which a sum makes sense: of booleans it is their count."""
-  x = jnp.asarray(x)
-  return x.astype(jnp.int32) if x.dtype == bool else x
+def _mean(total: Any, seen: jax.Array) -> Any:
+  return jax.tree.map(lambda x: x / jnp.where(seen > 0, seen, 1.0), total)
 
 
 def _zero(x: jax.ShapeDtypeStruct) -> jax.Array:
-  zero = jnp.zeros(x.shape, x.dtype)
-  return at_least_float32(zero) if groups.is_floating(x) else zero
-
-
-def _add(total: jax.Array, x: jax.Array) -> jax.Array:
-  return total + (at_least_float32(x) if groups.is_floating(x) else x)
-
-
-def _add_or_last(total: jax.Array, x: jax.Array) -> jax.Array:
-  return _add(total, x) if groups.is_floating(x) else x
+  return jnp.zeros(x.shape, x.dtype)

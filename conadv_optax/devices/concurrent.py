@@ -1,5 +1,6 @@
 """Attack and training on devices of their own, in one program."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,17 +9,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import at_least_float32
+from conadv_optax.core.batches import as_arrays
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
   ConAdvState,
+  Denominators,
   GradientFunction,
   Queue,
+  gradient_function,
+  pytree,
 )
 from conadv_optax.devices import groups
 from conadv_optax.training import queue
+from conadv_optax.training.steps import check_passes
 
 
 def concurrent(
@@ -105,171 +109,237 @@ def concurrent(
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
-  passes = checks.check_passes(grad_fn, 'concurrent')
+  check_passes(grad_fn, 'concurrent')
   if grad_fn.staleness == 0:
     raise ValueError(
       'With staleness 0 a batch is attacked in the step that trains on it, so '
       'its training waits for its attack. Write `conadv.wrap(loss_fn, '
       'staleness=1, ...)`, or `conadv.data_parallel` in place of `concurrent`.'
     )
-  checks.check_roles(mesh, data_axis, role_axis, attackers)
-  trainers = mesh.shape[role_axis] - attackers
-  all_trainers = mesh.shape[data_axis] * trainers
-  axes = (data_axis, role_axis)
-  shared, by_row = P(), P(data_axis)
-  state_spec = ConAdvState(shared, P(None, axes))
+  _check_roles(mesh, data_axis, role_axis, attackers)
+  return gradient_function(
+    _Concurrent(grad_fn, mesh, data_axis, role_axis, attackers),
+    grad_fn.staleness,
+    has_denominators=grad_fn.denominators is not None,
+  )
 
-  def on_devices(fn: Any, in_specs: Any, out_specs: Any) -> Any:
-    return jax.shard_map(
-      fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
 
-  def place(batch: Batch) -> Batch:
-    groups.check_divides(
-      batch,
-      all_trainers,
-      'trainers',
-      'take another mesh: `jax.make_mesh((rows, devices_in_a_row), ...)`',
-    )
-    return jax.device_put(batch, NamedSharding(mesh, by_row))
+@pytree('grad_fn')
+class _Concurrent:
+  grad_fn: GradientFunction
+  mesh: Mesh
+  data_axis: str
+  role_axis: str
+  attackers: int
 
-  def share(batch: Batch, trainer: jax.Array) -> Batch:
-    """The part of one trainer of what its row has of the batch."""
+  @property
+  def axes(self) -> tuple[str, str]:
+    return self.data_axis, self.role_axis
 
-    def cut(x: jax.Array) -> jax.Array:
-      size = x.shape[0] // trainers
-      return jax.lax.dynamic_slice_in_dim(x, trainer * size, size)
+  @property
+  def trainers(self) -> int:
+    """How many of a row."""
+    return self.mesh.shape[self.role_axis] - self.attackers
 
-    return jax.tree.map(cut, batch)
+  @property
+  def all_trainers(self) -> int:
+    return self.mesh.shape[self.data_axis] * self.trainers
 
-  def key_of(key: jax.Array | None, trainer: jax.Array) -> Any:
-    """The key of one trainer, by its place among those of all rows."""
-    row = jax.lax.axis_index(data_axis)
-    return groups.own_key(key, row * trainers + trainer)
-
-  def own_trainer() -> jax.Array:
-    """The place of a trainer in its row; attackers fill up as the last one."""
-    return jnp.minimum(jax.lax.axis_index(role_axis), trainers - 1)
-
-  # How many shares an attacker crafts, and whose the share of a turn is.
-  turns = -(-trainers // attackers)
-  routes = [
-    [
-      (trainers + attacker, turn * attackers + attacker)
-      for attacker in range(attackers)
-      if turn * attackers + attacker < trainers
-    ]
-    for turn in range(turns)
-  ]
-
-  def deliver(crafted: jax.Array, like: jax.Array) -> jax.Array:
-    """From the attackers' turns to each trainer the one that is its own."""
-    arrived = [
-      jax.lax.ppermute(of_turn, role_axis, route)
-      for of_turn, route in zip(crafted, routes, strict=True)
-    ]
-    return _unpack(jax.lax.select_n(own_trainer() // attackers, *arrived), like)
-
-  # All of these are over the trainers: attackers give zeros.
-  def mean(x: jax.Array) -> jax.Array:
-    total = jax.lax.psum(at_least_float32(x), axes)
-    return (total / all_trainers).astype(x.dtype)
-
-  def mean_or_sum(x: jax.Array) -> jax.Array:
-    return mean(x) if groups.is_floating(x) else jax.lax.psum(x, axes)
-
-  def mean_or_first(x: jax.Array) -> jax.Array:
-    return mean(x) if groups.is_floating(x) else put_together(x[None])[0]
-
-  def put_together(x: jax.Array) -> jax.Array:
-    every = jax.lax.all_gather(x, role_axis, tiled=True)
-    return every[: trainers * x.shape[0]]
+  @property
+  def turns(self) -> int:
+    """How many shares an attacker crafts."""
+    return -(-self.trainers // self.attackers)
 
   def init(
+    self,
     params: Any,
     first_batches: Any,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
   ) -> ConAdvState:
-    checks.check_first_batches(first_batches, grad_fn.staleness)
-    first_batches = [place(batch) for batch in first_batches]
+    queue.check_first_batches(first_batches, self.grad_fn.staleness)
+    batches = [self._place(batch) for batch in first_batches]
 
     def local(
-      params: Any, batches: Any, model_state: Any, key: Any
+      grad_fn: GradientFunction, params: Any, batches: Any, *rest: Any
     ) -> ConAdvState:
+      model_state, key = rest
       # Once, so each trainer crafts its own.
-      trainer = own_trainer()
+      trainer = self._own_trainer()
       return grad_fn.init(
         params,
-        [share(batch, trainer) for batch in batches],
+        [self._share(batch, trainer) for batch in batches],
         model_state=model_state,
-        key=key_of(key, trainer),
+        key=self._key_of(key, trainer),
       )
 
-    return on_devices(local, (shared, by_row, shared, shared), state_spec)(
-      params, first_batches, model_state, key
-    )
+    specs = (P(), P(self.data_axis), P(), P())
+    run = self._on_devices(local, specs, self._state_spec)
+    return jax.jit(run)(params, batches, model_state, key)
 
   def value_and_grad(
+    self,
     params: Any,
     state: ConAdvState,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    checks.check_state(state, grad_fn.staleness)
-    batch = place(batch)
+    queue.check_state(state, self.grad_fn.staleness)
+    return self._compiled(
+      params, state, self._place(batch), model_state, key, denominators
+    )
+
+  def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
+    def local(grad_fn: GradientFunction, state: Any, batch: Batch) -> Any:
+      return self._mean_of_trainers(self._denominators(grad_fn, state, batch))
+
+    specs = (self._state_spec, P(self.data_axis))
+    run = self._on_devices(local, specs, P())
+    return jax.jit(run)(state, self._place(batch))
+
+  def _run(
+    self,
+    params: Any,
+    state: ConAdvState,
+    batch: Batch,
+    model_state: Any,
+    key: Any,
+    denominators: Denominators | None,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
+    whole = denominators is None
 
     def local(
-      params: Any, state: ConAdvState, batch: Batch, model_state: Any, key: Any
+      grad_fn: GradientFunction, params: Any, state: Any, batch: Any, *rest: Any
     ) -> Any:
-      role, trainer = jax.lax.axis_index(role_axis), own_trainer()
-      newest, oldest = share(batch, trainer), queue.oldest(state)
-      checks.check_like(newest, oldest.batch, 'A later batch')
+      model_state, key, denominators = rest
+      role, trainer = jax.lax.axis_index(self.role_axis), self._own_trainer()
+      newest, oldest = self._share(batch, trainer), queue.oldest(state)
+      queue.check_like(newest, oldest.batch, 'A later batch')
+      if whole and grad_fn.denominators is not None:
+        own = self._denominators(grad_fn, state, batch)
+        denominators = self._mean_of_trainers(own)
+      passes = check_passes(grad_fn, 'concurrent')
 
-      def train() -> Any:
-        return passes.train(params, model_state, oldest, key_of(key, trainer))
+      def train() -> groups.Parts:
+        output = passes.train(
+          params, model_state, oldest, self._key_of(key, trainer), denominators
+        )
+        return groups.take_apart(*output)
 
       def attack() -> jax.Array:
         def craft(turn: jax.Array) -> jax.Array:
           # Of nobody in a last turn that is not for all: it is not sent.
-          served = turn * attackers + role - trainers
-          return _pack(
-            passes.craft(
-              params, model_state, share(batch, served), key_of(key, served)
-            )
-          )
+          served = turn * self.attackers + role - self.trainers
+          share = self._share(batch, served)
+          served_key = self._key_of(key, served)
+          return _pack(passes.craft(params, model_state, share, served_key))
 
-        return _one_by_one(craft, turns)
+        return _one_by_one(craft, self.turns)
 
       # Neither branch talks to another device, so each device runs its own.
-      ((loss, aux), grads), crafted = jax.lax.cond(
-        role < trainers,
+      parts, crafted = jax.lax.cond(
+        role < self.trainers,
         lambda: (train(), _zeros(attack)),
         lambda: (_zeros(train), attack()),
       )
-      delivered = deliver(crafted, passes.clean(newest))
-      state = queue.push(state, Queue(newest, delivered))
-      scalars, arrays = groups.split_aux(aux.aux)
-      return (
-        jax.tree.map(mean, (loss, aux.losses, grads)),
-        jax.tree.map(mean_or_first, aux.model_state),
-        jax.tree.map(mean_or_sum, scalars),
-        jax.tree.map(put_together, arrays),
-        state,
+      delivered = self._deliver(crafted, passes.clean(newest))
+      parts = groups.Parts(
+        self._mean_of_trainers(parts.means),
+        jax.lax.psum(parts.counts, self.axes),
+        jax.tree.map(lambda x: self._every(x[None])[0], parts.kept),
+        jax.tree.map(self._every, parts.arrays),
       )
+      return parts, queue.push(state, Queue(newest, delivered))
 
-    (loss, losses, grads), model_state, scalars, arrays, state = on_devices(
+    by_row = P(self.data_axis)
+    parts, state = self._on_devices(
       local,
-      (shared, state_spec, by_row, shared, shared),
-      (shared, shared, shared, by_row, state_spec),
-    )(params, state, batch, model_state, key)
-    user_aux = groups.join_aux(scalars, arrays)
-    return (loss, ConAdvAux(losses, model_state, user_aux)), grads, state
+      (P(), self._state_spec, by_row, P(), P(), P()),
+      (groups.Parts(P(), P(), P(), by_row), self._state_spec),
+    )(params, state, batch, model_state, key, denominators)
+    output, grads = groups.put_together(parts, None, params, model_state, whole)
+    return output, grads, state
 
-  return GradientFunction(init, value_and_grad, grad_fn.staleness)
+  @functools.cached_property
+  def _compiled(self) -> Callable[..., Any]:
+    return jax.jit(self._run)
+
+  def _on_devices(
+    self, local: Callable[..., Any], in_specs: Any, out_specs: Any
+  ) -> Callable[..., Any]:
+    return groups.on_devices(
+      self.grad_fn, local, self.mesh, self.axes, in_specs, out_specs
+    )
+
+  @property
+  def _state_spec(self) -> ConAdvState:
+    return ConAdvState(P(), P(None, self.axes))
+
+  def _place(self, batch: Batch) -> Batch:
+    batch = as_arrays(batch)
+    groups.check_divides(
+      batch,
+      self.all_trainers,
+      'trainers',
+      'take another mesh: `jax.make_mesh((rows, devices_in_a_row), ...)`',
+    )
+    sharding = NamedSharding(self.mesh, P(self.data_axis))
+    return jax.device_put(batch, sharding)
+
+  def _share(self, batch: Batch, trainer: jax.Array) -> Batch:
+    """The part of one trainer of what its row has of the batch."""
+
+    def cut(x: jax.Array) -> jax.Array:
+      size = x.shape[0] // self.trainers
+      return jax.lax.dynamic_slice_in_dim(x, trainer * size, size)
+
+    return jax.tree.map(cut, batch)
+
+  def _key_of(self, key: jax.Array | None, trainer: jax.Array) -> Any:
+    """The key of one trainer, by its place among those of all rows."""
+    row = jax.lax.axis_index(self.data_axis)
+    return groups.own_key(key, row * self.trainers + trainer)
+
+  def _own_trainer(self) -> jax.Array:
+    """The place of a trainer in its row; attackers fill up as the last one."""
+    role = jax.lax.axis_index(self.role_axis)
+    return jnp.minimum(role, self.trainers - 1)
+
+  def _deliver(self, crafted: jax.Array, like: jax.Array) -> jax.Array:
+    """From the attackers' turns to each trainer the one that is its own."""
+    arrived = []
+    for turn, of_turn in enumerate(crafted):
+      first = turn * self.attackers
+      route = [
+        (self.trainers + trainer - first, trainer)
+        for trainer in range(first, min(first + self.attackers, self.trainers))
+      ]
+      arrived.append(jax.lax.ppermute(of_turn, self.role_axis, route))
+    own = self._own_trainer() // self.attackers
+    return _unpack(jax.lax.select_n(own, *arrived), like)
+
+  def _denominators(
+    self, grad_fn: GradientFunction, state: ConAdvState, batch: Batch
+  ) -> Denominators:
+    """Those of a trainer; of an attacker 0."""
+    assert grad_fn.denominators is not None
+    own = grad_fn.denominators(state, self._share(batch, self._own_trainer()))
+    trains = jax.lax.axis_index(self.role_axis) < self.trainers
+    return jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own)
+
+  def _mean_of_trainers(self, tree: Any) -> Any:
+    """Over the trainers: attackers give zeros."""
+    total = jax.lax.psum(tree, self.axes)
+    return jax.tree.map(lambda x: x / self.all_trainers, total)
+
+  def _every(self, x: jax.Array) -> jax.Array:
+    """What the trainers of a row have, put together."""
+    every = jax.lax.all_gather(x, self.role_axis, tiled=True)
+    return every[: self.trainers * x.shape[0]]
 
 
 def _order(shape: Sequence[int]) -> tuple[int, ...]:
@@ -301,3 +371,26 @@ def _one_by_one(fn: Callable[[jax.Array], jax.Array], number: int) -> jax.Array:
   if number == 1:
     return fn(jnp.zeros([], jnp.int32))[None]
   return jax.lax.map(fn, jnp.arange(number, dtype=jnp.int32))
+
+
+def _check_roles(
+  mesh: Mesh, data_axis: str, role_axis: str, attackers: int
+) -> None:
+  """Rows of trainers and attackers, no more of these than of those."""
+  if set(mesh.axis_names) != {data_axis, role_axis} or data_axis == role_axis:
+    raise ValueError(
+      'The mesh needs two axes, one along which the batch is split and one '
+      'along which devices have roles. Given '
+      f'data_axis={data_axis!r}, role_axis={role_axis!r} for a mesh with '
+      f'{mesh.axis_names}. Write `jax.make_mesh((rows, devices_in_a_row), '
+      f"('data', 'role'))`."
+    )
+  devices = mesh.shape[role_axis]
+  if attackers not in range(1, devices // 2 + 1):
+    raise ValueError(
+      'Every row of the mesh needs an attacker, and at least as many trainers: '
+      'one attacker crafts for whole trainers. Given '
+      f'attackers={attackers!r} for rows of {devices} devices. Write '
+      "`attackers=1`, and `jax.make_mesh((rows, 4), ('data', 'role'))` for "
+      'three trainers to each.'
+    )

@@ -1,29 +1,36 @@
 """Many devices, each with batch statistics of its own."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import at_least_float32
+from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.numeric import abs_sq
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
   ConAdvState,
+  Denominators,
   GradientFunction,
+  LossFn,
+  gradient_function,
+  pytree,
 )
 from conadv_optax.devices import groups
+from conadv_optax.training.plain import as_gradient_function
+from conadv_optax.training.queue import check_first_batches
 
 
 def data_parallel(
-  grad_fn: GradientFunction,
+  grad_fn: GradientFunction | LossFn,
   mesh: Mesh,
   *,
-  axis: str = 'data',
+  axis: str | tuple[str, ...] = 'data',
   second_moment: bool = False,
 ) -> GradientFunction:
   r"""Runs a gradient function on each device's share of the batch.
@@ -36,6 +43,11 @@ def data_parallel(
   the shards. Under plain `jit` a sharded batch works too, and BatchNorm is then
   over the whole of it.
 
+  A loss may talk to the other devices over `axis`: with
+  `nn.BatchNorm(axis_name='data')` statistics are those of the whole batch.
+  Losses that are means over a mask are averaged with the `denominator` that
+  `wrap` was given for weight.
+
   The calls keep their form. Every leaf of a batch is split along its leading
   axis; the queue is split like the batch, and parameters and model state are
   the same on all devices. Each device folds its index into the key. Put the
@@ -44,9 +56,11 @@ def data_parallel(
   step compiles again.
 
   Args:
-    grad_fn: what `conadv.wrap` returned, say.
+    grad_fn: what `conadv.wrap` returned, say, or a loss function as for
+      `plain`.
     mesh: the devices.
-    axis: the axis of `mesh` that the batch is split over.
+    axis: the axis of `mesh` that the batch is split over, or a tuple of axes.
+      Parameters may be spread over the other axes of the mesh.
     second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too,
       which is sent like the gradient, and doubles that traffic.
 
@@ -79,161 +93,186 @@ def data_parallel(
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
-  if axis not in mesh.axis_names:
+  axes = (axis,) if isinstance(axis, str) else tuple(axis)
+  if not axes or not set(axes) <= set(mesh.axis_names):
     raise ValueError(
-      f'`axis` must be an axis of the mesh. Given axis={axis!r} for a mesh '
-      f'with {mesh.axis_names}. Write `jax.make_mesh((jax.device_count(),), '
-      f'({axis!r},))`.'
+      '`axis` must be an axis of the mesh, or some of them. Given '
+      f'axis={axis!r} for a mesh with {mesh.axis_names}. Write `jax.make_mesh('
+      f'(jax.device_count(),), ({axes[0] if axes else "data"!r},))`.'
     )
-  shared, split = P(), P(axis)
+  grad_fn = as_gradient_function(grad_fn)
+  return gradient_function(
+    _DataParallel(grad_fn, mesh, axes, second_moment),
+    grad_fn.staleness,
+    has_denominators=grad_fn.denominators is not None,
+  )
 
-  def on_devices(fn: Any, in_specs: Any, out_specs: Any) -> Any:
-    # The gradients are averaged by hand, so replication is not tracked: any
-    # model may run inside, whatever its loops carry.
-    return jax.shard_map(
-      fn,
-      mesh=mesh,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      axis_names={axis},
-      check_vma=False,
-    )
 
-  def place(batch: Batch) -> Batch:
-    groups.check_divides(
-      batch,
-      mesh.shape[axis],
-      'devices',
-      'take fewer devices: `jax.make_mesh((n,), (axis,))`',
-    )
-    # A mesh with explicit axes does not split an argument by itself.
-    return jax.device_put(batch, NamedSharding(mesh, split))
-
-  def specs(state: Any) -> Any:
-    return groups.map_state(
-      state,
-      queue=lambda part: ConAdvState(shared, P(None, axis)),
-      own=lambda part: split,
-      shared=lambda leaf: shared,
-    )
+@pytree('grad_fn')
+class _DataParallel:
+  grad_fn: GradientFunction
+  mesh: Mesh
+  axes: tuple[str, ...]
+  second_moment: bool
 
   def init(
+    self,
     params: Any,
     first_batches: Any,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
-  ) -> ConAdvState:
-    checks.check_first_batches(first_batches, grad_fn.staleness)
-    first_batches = [place(batch) for batch in first_batches]
-
-    def local(
-      params: Any, batches: Any, model_state: Any, key: Any
-    ) -> ConAdvState:
-      key = groups.own_key(key, jax.lax.axis_index(axis))
-      state = grad_fn.init(params, batches, model_state=model_state, key=key)
-      return _add_axis(state)
-
-    state = jax.eval_shape(
-      lambda params, batches, model_state, key: grad_fn.init(
-        params, batches, model_state=model_state, key=key
-      ),
-      _shapes(params),
-      _shapes(first_batches, parts=mesh.shape[axis]),
-      _shapes(model_state),
-      _shapes(key),
-    )
-    return on_devices(local, (shared, split, shared, shared), specs(state))(
-      params, first_batches, model_state, key
-    )
+  ) -> Any:
+    check_first_batches(first_batches, self.grad_fn.staleness)
+    batches = [self._place(batch) for batch in first_batches]
+    return jax.jit(self._init)(params, batches, model_state, key)
 
   def value_and_grad(
+    self,
     params: Any,
     state: Any,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    batch = place(batch)
+    return self._compiled(
+      params, state, self._place(batch), model_state, key, denominators
+    )
+
+  def denominators(self, state: Any, batch: Batch) -> Denominators:
+    return jax.jit(self._denominators)(state, self._place(batch))
+
+  def _init(self, params: Any, batches: Any, model_state: Any, key: Any) -> Any:
+    def local(
+      grad_fn: GradientFunction, params: Any, batches: Any, *rest: Any
+    ) -> Any:
+      model_state, key = rest
+      state = grad_fn.init(
+        params, batches, model_state=model_state, key=self._own_key(key)
+      )
+      return _own(lambda x: x[None], state)
+
+    arguments = (params, batches, model_state, key)
+    specs = (P(), P(self.axes), P(), P())
+    # What the state is made of decides how it lies on the devices.
+    state = jax.eval_shape(
+      lambda *args: self._on_devices(local, specs, P())(*args), *arguments
+    )
+    return self._on_devices(local, specs, self._specs(state))(*arguments)
+
+  def _run(
+    self,
+    params: Any,
+    state: Any,
+    batch: Batch,
+    model_state: Any,
+    key: Any,
+    denominators: Denominators | None,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
+    whole = denominators is None
 
     def local(
-      params: Any, state: Any, batch: Batch, model_state: Any, key: Any
+      grad_fn: GradientFunction, params: Any, state: Any, batch: Any, *rest: Any
     ) -> Any:
-      (loss, aux), grads, state = grad_fn.value_and_grad(
+      model_state, key, denominators = rest
+      state, own = _own(lambda x: x[0], state), None
+      if grad_fn.denominators is not None:
+        own = grad_fn.denominators(state, batch)
+        denominators = self._mean(own) if whole else denominators
+      parts, moment, state = groups.run_group(
+        grad_fn,
         params,
-        _drop_axis(state),
+        state,
         batch,
-        model_state=model_state,
-        key=groups.own_key(key, jax.lax.axis_index(axis)),
+        model_state,
+        self._own_key(key),
+        denominators,
       )
-      squares = groups.second_moment(aux, grads, second_moment)
-      scalars, arrays = groups.split_aux(aux.aux)
-      averaged = _mean(
-        (loss, aux.losses, aux.model_state, grads, squares), axis
-      )
-      return averaged, _mean_or_sum(scalars, axis), arrays, _add_axis(state)
+      groups.check_one_kind(moment, self.second_moment)
+      means = self._mean(parts.means)
+      if moment is not None or self.second_moment:
+        share = groups.share_of_mean(own, denominators)
+        moment = self._moment(parts.means[2], means[2], moment, share)
+      counts = jax.lax.psum(parts.counts, self.axes)
+      parts = parts._replace(means=means, counts=counts)
+      return parts, moment, _own(lambda x: x[None], state)
 
-    state_specs = specs(state)
-    averaged, scalars, arrays, state = on_devices(
+    arguments = (params, state, batch, model_state, key, denominators)
+    state_specs = self._specs(state)
+    parts, moment, state = self._on_devices(
       local,
-      (shared, state_specs, split, shared, shared),
-      (shared, shared, split, state_specs),
-    )(params, state, batch, model_state, key)
-    loss, losses, model_state, grads, squares = averaged
-    user_aux = groups.join_aux(scalars, arrays)
-    aux = ConAdvAux(losses, model_state, user_aux, squares)
-    return (loss, aux), grads, state
+      (P(), state_specs, P(self.axes), P(), P(), P()),
+      (groups.Parts(P(), P(), P(), P(self.axes)), P(), state_specs),
+    )(*arguments)
+    output, grads = groups.put_together(
+      parts, moment, params, model_state, whole
+    )
+    return output, grads, state
 
-  return GradientFunction(init, value_and_grad, grad_fn.staleness)
+  def _denominators(self, state: Any, batch: Batch) -> Denominators:
+    def local(grad_fn: GradientFunction, state: Any, batch: Batch) -> Any:
+      assert grad_fn.denominators is not None
+      own = grad_fn.denominators(_own(lambda x: x[0], state), batch)
+      return self._mean(own)
 
+    specs = (self._specs(state), P(self.axes))
+    return self._on_devices(local, specs, P())(state, batch)
 
-def _shapes(tree: Any, *, parts: int = 1) -> Any:
-  """The shapes of one part, without the whole's place on the mesh."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      (x.shape[0] // parts, *x.shape[1:]) if parts > 1 else x.shape, x.dtype
-    ),
-    tree,
-  )
+  @functools.cached_property
+  def _compiled(self) -> Callable[..., Any]:
+    # Outside of `jit` `shard_map` knows no second axis.
+    return jax.jit(self._run)
 
+  def _on_devices(
+    self, local: Callable[..., Any], in_specs: Any, out_specs: Any
+  ) -> Callable[..., Any]:
+    return groups.on_devices(
+      self.grad_fn, local, self.mesh, self.axes, in_specs, out_specs
+    )
 
-def _add_axis(state: Any) -> Any:
-  """Gives what is each device's own the axis along which it is split."""
-  return _own(lambda x: x[None], state)
+  def _place(self, batch: Batch) -> Batch:
+    batch = as_arrays(batch)
+    groups.check_divides(
+      batch,
+      math.prod(self.mesh.shape[axis] for axis in self.axes),
+      'devices',
+      'take fewer devices: `jax.make_mesh((n,), (axis,))`',
+    )
+    # A mesh with explicit axes does not split an argument by itself.
+    return jax.device_put(batch, NamedSharding(self.mesh, P(self.axes)))
 
+  def _specs(self, state: Any) -> Any:
+    """How a state lies on the devices."""
+    return groups.map_state(
+      state,
+      queue=lambda part: ConAdvState(P(), P(None, self.axes)),
+      own=lambda part: P(self.axes),
+      shared=lambda leaf: P(),
+    )
 
-def _drop_axis(state: Any) -> Any:
-  return _own(lambda x: x[0], state)
+  def _own_key(self, key: jax.Array | None) -> Any:
+    return groups.own_key(key, jax.lax.axis_index(self.axes))
+
+  def _mean(self, tree: Any) -> Any:
+    return jax.lax.pmean(tree, self.axes)
+
+  def _moment(self, own: Any, mean: Any, within: Any, share: jax.Array) -> Any:
+    """The second moment of the devices' gradients."""
+    of_all = self._mean(share)
+    center = jax.tree.map(lambda g: g / of_all, mean)
+    parts = groups.deviation(own, within, share, center, center)
+    return jax.tree.map(
+      lambda g, part: abs_sq(g) / of_all + part, mean, self._mean(parts)
+    )
 
 
 def _own(fn: Callable[[jax.Array], jax.Array], state: Any) -> Any:
+  """Adds or drops the axis along which what is a device's own is split."""
   return groups.map_state(
     state,
     queue=lambda part: part,
     own=lambda part: jax.tree.map(fn, part),
     shared=lambda leaf: leaf,
   )
-
-
-def _mean(tree: Any, axis: str) -> Any:
-  """The mean over devices of floating leaves; others are equal on all."""
-  return jax.tree.map(
-    lambda x: _pmean(x, axis) if groups.is_floating(x) else x, tree
-  )
-
-
-def _mean_or_sum(tree: Any, axis: str) -> Any:
-  return jax.tree.map(
-    lambda x: (
-      _pmean(jnp.asarray(x), axis)
-      if groups.is_floating(x)
-      else jax.lax.psum(x, axis)
-    ),
-    tree,
-  )
-
-
-def _pmean(x: jax.Array, axis: str) -> jax.Array:
-  # A sum in float16 overflows, and one in bfloat16 loses what is small.
-  return jax.lax.pmean(at_least_float32(x), axis).astype(x.dtype)

@@ -1,15 +1,189 @@
-"""What belongs to a group: a device, or a micro-batch of an accumulation."""
+"""How groups, devices or micro-batches, are keyed, run and averaged."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import at_least_float32, describe
+from conadv_optax.core.numeric import (
+  abs_sq,
+  at_least_float32,
+  cast_like,
+  describe,
+  is_inexact,
+)
 from conadv_optax.core.paths import path_names
-from conadv_optax.core.types import Batch, ConAdvAux, ConAdvState, PerGroup
+from conadv_optax.core.types import (
+  Batch,
+  ConAdvAux,
+  ConAdvState,
+  Denominators,
+  GradientFunction,
+  PerGroup,
+  hoist,
+)
+
+
+class Parts(NamedTuple):
+  """What a group returns, by how that of all groups is put together.
+
+  Attributes:
+    means: what is averaged, at least float32: the loss, the losses, the
+      gradients, and the inexact among the leaves of the model state and the
+      scalars of the user's aux.
+    counts: the other scalars of the user's aux, which are summed.
+    kept: the other leaves of the model state, the same in all groups.
+    arrays: the arrays of the user's aux, an entry for each example.
+  """
+
+  means: Any
+  counts: Any
+  kept: Any
+  arrays: Any
+
+
+def run_group(
+  grad_fn: GradientFunction,
+  params: Any,
+  state: Any,
+  batch: Batch,
+  model_state: Any,
+  key: jax.Array | None,
+  denominators: Denominators | None,
+) -> tuple[Parts, Any, Any]:
+  """One group's `(parts, second_moment, state)`."""
+  # A gradient function of the user's own need not know of denominators.
+  extra = {} if denominators is None else {'denominators': denominators}
+  output, grads, state = grad_fn.value_and_grad(
+    params, state, batch, model_state=model_state, key=key, **extra
+  )
+  return take_apart(output, grads), output[1].second_moment, state
+
+
+def take_apart(output: tuple[jax.Array, ConAdvAux], grads: Any) -> Parts:
+  """`(loss, aux), grads` in parts, each with None for what is in another."""
+  loss, aux = output
+
+  def pick(tree: Any, wanted: Callable[[Any], bool]) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x) if wanted(x) else None, tree)
+
+  means = (
+    loss,
+    aux.losses,
+    grads,
+    pick(aux.model_state, is_inexact),
+    pick(aux.aux, lambda x: is_inexact(x) and not jnp.ndim(x)),
+  )
+  counts = pick(aux.aux, lambda x: not is_inexact(x) and not jnp.ndim(x))
+  return Parts(
+    jax.tree.map(at_least_float32, means),
+    jax.tree.map(
+      lambda x: x.astype(jnp.int32) if x.dtype == bool else x, counts
+    ),
+    pick(aux.model_state, lambda x: not is_inexact(x)),
+    pick(aux.aux, lambda x: jnp.ndim(x) > 0),
+  )
+
+
+def on_devices(
+  grad_fn: GradientFunction,
+  local: Callable[..., Any],
+  mesh: Mesh,
+  axes: tuple[str, ...],
+  in_specs: Any,
+  out_specs: Any,
+) -> Callable[..., Any]:
+  """`local(grad_fn, *arguments)`, on each device's share of them."""
+  arrays, rebuild = hoist(grad_fn)
+  # The gradients are averaged by hand, so replication is not tracked: any model
+  # may run inside, whatever its loops carry.
+  mapped = jax.shard_map(
+    lambda arrays, *arguments: local(rebuild(arrays), *arguments),
+    mesh=mesh,
+    in_specs=(P(), *in_specs),
+    out_specs=out_specs,
+    axis_names=set(axes),
+    check_vma=False,
+  )
+  return functools.partial(mapped, arrays)
+
+
+def put_together(
+  parts: Parts, second_moment: Any, params: Any, model_state: Any, whole: bool
+) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
+  """`(loss, aux), grads` of the parts of all groups.
+
+  The whole has the dtypes of the parameters and of the model state; what is a
+  part of another mean stays at least float32.
+  """
+
+  def join(*trees: Any) -> Any:
+    return jax.tree.map(
+      lambda *leaves: next((x for x in leaves if x is not None), None),
+      *trees,
+      is_leaf=lambda x: x is None,
+    )
+
+  loss, losses, grads, floats, scalars = parts.means
+  state = join(floats, parts.kept)
+  if whole:
+    grads, state = cast_like(grads, params), cast_like(state, model_state)
+  user = join(scalars, parts.counts, parts.arrays)
+  return (loss, ConAdvAux(losses, state, user, second_moment)), grads
+
+
+def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
+  """How much of the mean over groups is a group's, 1 on average."""
+  if own is None or mean is None:
+    return jnp.ones([])
+  return sum(own[branch] / mean[branch] for branch in own) / len(own)
+
+
+def check_one_kind(second_moment: Any, wanted: bool) -> None:
+  """Gradients are squared in one kind of group, the inner ones."""
+  if wanted and second_moment is not None:
+    raise ValueError(
+      'Squared gradients are averaged over one kind of group, devices or '
+      'micro-batches. Given `second_moment=True` for both. Leave it out of '
+      '`data_parallel`: its devices average what `accumulate` returns.'
+    )
+
+
+def deviation(
+  grads: Any, second_moment: Any, share: jax.Array, before: Any, after: Any
+) -> Any:
+  """A group's part of the second moment about the mean gradient.
+
+  The second moment is the square of the mean, and the mean of these. Squares
+  themselves would be rounded, in their sum, by more than equal groups differ.
+
+  Args:
+    grads: the group's part of the mean gradient.
+    second_moment: that of groups within the group, or None.
+    share: the group's share of the mean.
+    before: the mean, or that of the groups before this one.
+    after: the mean, or that of the groups up to this one.
+  """
+  divisor = jnp.where(share > 0, share, 1.0)
+
+  def about(g: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+    own = g / divisor
+    return share * jnp.real(jnp.conj(own - before) * (own - after))
+
+  parts = jax.tree.map(about, grads, before, after)
+  if second_moment is None:
+    return parts
+  return jax.tree.map(
+    lambda part, s, g: part + s - abs_sq(g) / divisor,
+    parts,
+    second_moment,
+    grads,
+  )
 
 
 def map_state(
@@ -44,11 +218,6 @@ def own_key(key: jax.Array | None, group: ArrayLike) -> Any:
   return None if key is None else jax.random.fold_in(key, group)
 
 
-def is_floating(x: Any) -> bool:
-  """Whether a mean over groups makes sense for `x`."""
-  return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
 def check_divides(batch: Batch, groups: int, what: str, fix: str) -> None:
   """The leading axis of every leaf divides evenly over the groups."""
   for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
@@ -60,39 +229,6 @@ def check_divides(batch: Batch, groups: int, what: str, fix: str) -> None:
         f'{list(path_names(path))} is {describe(value)}. Change the batch, '
         f'drop or pad the last one of an epoch, or {fix}.'
       )
-
-
-def split_aux(aux: Any) -> tuple[Any, Any]:
-  """The scalars of the user's aux, and its arrays; None elsewhere."""
-  scalars = jax.tree.map(lambda x: None if jnp.ndim(x) else x, aux)
-  arrays = jax.tree.map(lambda x: x if jnp.ndim(x) else None, aux)
-  return scalars, arrays
-
-
-def join_aux(scalars: Any, arrays: Any) -> Any:
-  """The inverse of `split_aux`."""
-  return jax.tree.map(
-    lambda x, y: y if x is None else x,
-    scalars,
-    arrays,
-    is_leaf=lambda x: x is None,
-  )
-
-
-def second_moment(aux: ConAdvAux, gradients: Any, wanted: bool) -> Any:
-  """A group's part of the second moment, which is a mean over groups.
-
-  Groups may lie within groups, of which the innermost have squared theirs.
-  """
-  if wanted and aux.second_moment is not None:
-    raise ValueError(
-      'Squared gradients are averaged over one kind of group, devices or '
-      'micro-batches. Given `second_moment=True` for both. Leave it out of '
-      '`data_parallel`: its devices average what `accumulate` returns.'
-    )
-  if not wanted:
-    return aux.second_moment
-  return jax.tree.map(lambda g: jnp.square(at_least_float32(g)), gradients)
 
 
 def check_second_moment(second_moment: Any, gradients: Any, call: str) -> None:

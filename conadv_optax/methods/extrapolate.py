@@ -12,15 +12,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import check_not_negative, tree_at_least_float32
+from conadv_optax.core.numeric import (
+  ascent,
+  cast_like,
+  check_not_negative,
+  tree_at_least_float32,
+)
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
+  Denominators,
   GradientFunction,
   LossFn,
   PerGroup,
+  check_kind,
+  gradient_function,
+  pytree,
 )
+from conadv_optax.training.loss import check_key
 from conadv_optax.training.plain import as_gradient_function
 
 
@@ -44,9 +53,6 @@ def extrapolate(
   extrapolation: optax.ScalarOrSchedule | optax.GradientTransformation,
   *,
   direction: Literal['past', 'current', 'noise'] = 'past',
-  has_state: bool = False,
-  has_aux: bool = False,
-  has_key: bool = False,
 ) -> GradientFunction:
   r"""Extrapolated SGD: each group takes its gradient some way ahead.
 
@@ -95,17 +101,14 @@ def extrapolate(
       schedule; or an Optax transformation :math:`U`, which gets directions and
       parameters in float32.
     direction: 'past', 'current' or 'noise'.
-    has_state: of a loss function, as for `plain`.
-    has_aux: of a loss function, as for `plain`.
-    has_key: of a loss function, as for `plain`.
 
   Returns:
     A `GradientFunction` with the staleness of `grad_fn`.
 
   Raises:
     TypeError: for a `grad_fn` that is no function.
-    ValueError: for an unknown direction, a negative rate, noise without a key,
-      or `has_state`, `has_aux` or `has_key` of what is not a loss function.
+    ValueError: for an unknown direction, a negative rate, or noise without a
+      key.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -123,74 +126,91 @@ def extrapolate(
     Lin et al., `Extrapolation for Large-batch Training in Deep Learning
     <https://arxiv.org/abs/2006.05720>`_, 2020
   """
-  grad_fn = as_gradient_function(
-    grad_fn, has_state=has_state, has_aux=has_aux, has_key=has_key
-  )
+  grad_fn = as_gradient_function(grad_fn)
   if direction not in ('past', 'current', 'noise'):
     raise ValueError(
       "`direction` must be 'past', 'current' or 'noise'. Given "
       f'direction={direction!r}.'
     )
-  if isinstance(extrapolation, optax.GradientTransformation):
-    tx = extrapolation
-  else:
+  rate: Any = ()
+  if not isinstance(extrapolation, optax.GradientTransformation):
     if not callable(extrapolation):
       check_not_negative('extrapolation', extrapolation)
-    tx = optax.sgd(extrapolation)
+    rate, extrapolation = extrapolation, None
+  return gradient_function(
+    _Extrapolate(grad_fn, rate, extrapolation, direction),
+    grad_fn.staleness,
+    has_denominators=grad_fn.denominators is not None,
+  )
+
+
+@pytree('grad_fn', 'rate')
+class _Extrapolate:
+  grad_fn: GradientFunction
+  rate: Any
+  transformation: optax.GradientTransformation | None
+  direction: str
+
+  @property
+  def tx(self) -> optax.GradientTransformation:
+    return self.transformation or optax.sgd(self.rate)
 
   def init(
+    self,
     params: Any,
     first_batches: Sequence[Batch],
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
-  ) -> Any:
-    inner = grad_fn.init(
+  ) -> ExtrapolateState:
+    inner = self.grad_fn.init(
       params, first_batches, model_state=model_state, key=key
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
     return ExtrapolateState(
       inner,
-      PerGroup(zeros) if direction == 'past' else (),
-      PerGroup(tx.init(tree_at_least_float32(params))),
+      PerGroup(zeros) if self.direction == 'past' else (),
+      PerGroup(self.tx.init(tree_at_least_float32(params))),
     )
 
+  def denominators(self, state: ExtrapolateState, batch: Batch) -> Denominators:
+    assert self.grad_fn.denominators is not None
+    return self.grad_fn.denominators(state.inner, batch)
+
   def value_and_grad(
+    self,
     params: Any,
     state: ExtrapolateState,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    if direction == 'noise':
-      checks.check_key(True, key)
-      assert key is not None  # `check_key` has seen to it.
-      noise_key, key = jax.random.split(key)
+    **group: Any,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ExtrapolateState]:
+    check_kind(state, ExtrapolateState)
+    if self.direction == 'noise':
+      check_key(True, key)
+      noise_key, key = jax.random.split(jnp.asarray(key))
 
     def call(at: Any) -> Any:
-      return grad_fn.value_and_grad(
-        at, state.inner, batch, model_state=model_state, key=key
+      return self.grad_fn.value_and_grad(
+        at, state.inner, batch, model_state=model_state, key=key, **group
       )
 
     here = tree_at_least_float32(params)
-    if direction == 'past':
-      towards = tree_at_least_float32(state.past.value)
-    elif direction == 'current':
-      towards = tree_at_least_float32(call(params)[1])
+    if self.direction == 'past':
+      towards = ascent(state.past.value)
+    elif self.direction == 'current':
+      towards = ascent(call(params)[1])
     else:
       towards = optax.tree.random_like(noise_key, here)
     own = state.extrapolation.value
-    updates, _ = tx.update(towards, own, here)
-    ahead = jax.tree.map(
-      lambda w, x, u: (x + u).astype(w.dtype), params, here, updates
-    )
+    updates, _ = self.tx.update(towards, own, here)
+    ahead = cast_like(optax.tree.add(here, updates), params)
     output, grads, inner = call(ahead)
-    _, own = tx.update(tree_at_least_float32(grads), own, here)
+    _, own = self.tx.update(ascent(grads), own, here)
     past: Any = ()
-    if direction == 'past':
+    if self.direction == 'past':
       # Copies, because a donated buffer must not be passed twice.
-      past = PerGroup(jax.tree.map(jnp.copy, grads))
+      past = PerGroup(jax.tree.map(jnp.copy, cast_like(grads, params)))
     return output, grads, ExtrapolateState(inner, past, PerGroup(own))
-
-  return GradientFunction(init, value_and_grad, grad_fn.staleness)

@@ -4,7 +4,7 @@ References:
   Mei et al., `Fast AdvProp <https://arxiv.org/abs/2204.09838>`_, 2022
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,22 +12,36 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from conadv_optax import dual_bn
-from conadv_optax.core import checks
+from conadv_optax.core.batches import as_arrays, first_part
 from conadv_optax.core.numeric import (
-  add_weighted,
-  at_least_float32,
+  cast_like,
+  check_no_schedule,
   concrete,
-  weighted,
+  share_of,
 )
-from conadv_optax.core.paths import LeafSpec
+from conadv_optax.core.paths import Leaf, LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
   Attack,
   Batch,
   ConAdvAux,
   ConAdvState,
+  Denominators,
   GradientFunction,
   LossFn,
+  gradient_function,
+  pytree,
+)
+from conadv_optax.training.loss import Loss, split_key
+from conadv_optax.training.plain import no_memory
+from conadv_optax.training.queue import check_state
+from conadv_optax.training.steps import (
+  Pass,
+  check_attack,
+  check_crafted,
+  check_inputs,
+  collect,
+  train,
 )
 
 
@@ -38,6 +52,7 @@ def fast_advprop(
   inputs: LeafSpec = 'image',
   adversarial_fraction: float = 0.2,
   attack_weight: ArrayLike = 0.5,
+  denominator: Callable[[Batch], ArrayLike] | None = None,
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
@@ -84,9 +99,11 @@ def fast_advprop(
       mean over the examples that it is given.
     attack: an attack of one gradient, in the units of the inputs.
     inputs: the leaf of the batch to perturb, as for `wrap`.
-    adversarial_fraction: the share of the batch to attack, in (0, 1): the first
-      `int(adversarial_fraction * batch)` examples, at least one.
+    adversarial_fraction: the share :math:`p` to attack, in (0, 1): the first
+      :math:`\lfloor p B \rfloor` examples, at least one.
     attack_weight: :math:`w` in [0, 1].
+    denominator: what the loss is a mean of, as for `wrap`; it takes the place
+      of the number of examples.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
@@ -132,48 +149,36 @@ def fast_advprop(
       f'{adversarial_fraction!r}. The published split of 4 to 1 is '
       '`adversarial_fraction=0.2`.'
     )
+  check_no_schedule('attack_weight', attack_weight)
   weight = concrete(attack_weight)
   if weight is not None and not 0 <= weight <= 1:
     raise ValueError(
       '`attack_weight` is the share of an attacked example that its attack '
       f'pass counts, in [0, 1]. Given attack_weight={attack_weight!r}.'
     )
-  leaf = _leaf(inputs, argument='inputs')
+  return gradient_function(
+    _FastAdvProp(
+      attack,
+      attack_weight,
+      Loss(loss_fn, has_state, has_aux, has_key, denominator),
+      _leaf(inputs, argument='inputs'),
+      adversarial_fraction,
+    ),
+    0,
+    has_denominators=denominator is not None,
+  )
 
-  def split(batch: Batch) -> tuple[Batch, Batch, int, int]:
-    """What is attacked, the rest, and the examples of each."""
-    size = leaf.get(batch).shape[0]
-    checks.check_batch_axis(batch, size)
-    count = max(1, int(adversarial_fraction * size))
-    if count == size:
-      raise ValueError(
-        'One part of each batch is attacked and the other trained on clean, so '
-        f'it needs two examples or more. Given a batch of {size}.'
-      )
-    attacked = jax.tree.map(lambda x: x[:count], batch)
-    rest = jax.tree.map(lambda x: x[count:], batch)
-    return attacked, rest, count, size - count
 
-  def branch_loss(
-    params: Any,
-    at: jax.Array,
-    branch: str,
-    model_state: Any,
-    batch: Batch,
-    key: jax.Array | None,
-  ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """The loss in the norm layers of a branch, with `at` for inputs."""
-    state = dual_bn.select(model_state, branch)
-    output = loss_fn(
-      dual_bn.select(params, branch),
-      *([state] if has_state else []),
-      leaf.set(batch, at.astype(leaf.get(batch).dtype)),
-      **({'key': key} if has_key else {}),
-    )
-    loss, new_state, aux = checks.unpack_loss(output, state, has_state, has_aux)
-    return at_least_float32(loss), (new_state, aux)
+@pytree('attack', 'attack_weight')
+class _FastAdvProp:
+  attack: Attack
+  attack_weight: ArrayLike
+  loss: Loss
+  leaf: Leaf
+  fraction: float
 
   def init(
+    self,
     params: Any,
     first_batches: Sequence[Batch],
     *,
@@ -181,85 +186,95 @@ def fast_advprop(
     key: jax.Array | None = None,
   ) -> ConAdvState:
     del params, model_state, key
-    checks.check_first_batches(first_batches, 0)
-    return ConAdvState((), ())
+    return no_memory(first_batches)
 
   def value_and_grad(
+    self,
     params: Any,
     state: ConAdvState,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    batch = jax.tree.map(jnp.asarray, batch)
-    checks.check_model_state(params, model_state, has_state)
-    checks.check_key(attack.draws or has_key, key)
-    checks.check_inputs(leaf.get(batch))
-    attacked, rest, num_attacked, num_clean = split(batch)
-    start_key, *pass_keys = (
-      jax.random.split(key, 4) if key is not None else (None,) * 4
-    )
-    w = jnp.asarray(attack_weight, jnp.float32)
-    examples = {
-      'attack': num_attacked * w,
-      'adversarial': num_attacked * (1 - w),
-      'main': jnp.asarray(num_clean, jnp.float32),
+    batch = as_arrays(batch)
+    self.loss.check(params, model_state, key, draws=self.attack.draws)
+    check_state(state, 0)
+    check_inputs(self.leaf.get(batch))
+    attacked, rest = self._split(batch)
+    start_key, *keys = split_key(key, 4)
+    seen: Denominators = self._seen(attacked, rest)
+    shares = None
+    if denominators is not None:
+      shares = {name: seen[name] / denominators[name] for name in seen}
+      seen = denominators
+    w = jnp.asarray(self.attack_weight, jnp.float32)
+    weights = {
+      'attack': seen['adversarial'] * w,
+      'adversarial': seen['adversarial'] * (1 - w),
+      'main': seen['main'],
     }
-    keys = dict(zip(examples, pass_keys, strict=True))
-    losses: dict[str, jax.Array] = {}
-    states: dict[str, Any] = {}
-    auxes: dict[str, Any] = {}
 
-    def add_pass(
-      name: str, at: jax.Array, part: Batch, total: Any
-    ) -> tuple[Any, Any]:
-      """`total` and one pass's gradient; for the attack that at `at` too."""
-      # One pass at a time, or the compiler keeps the activations of all.
-      theta, (at, total) = jax.lax.optimization_barrier((params, (at, total)))
-      branch = 'adversarial' if name == 'attack' else name
-      (losses[name], (states[name], auxes[name])), gradients = (
-        jax.value_and_grad(
-          branch_loss, argnums=(0, 1) if name == 'attack' else 0, has_aux=True
-        )(theta, at, branch, model_state, part, keys[name])
+    def add(done: Any, name: str, key: Any, part: Batch, at: Any = None) -> Any:
+      branch = 'main' if name == 'main' else 'adversarial'
+      return train(
+        self.loss,
+        self.leaf,
+        params,
+        model_state,
+        {name: Pass(branch, part, key, weights[name], at)},
+        before=done,
+        shares=shares,
       )
-      direction = None
-      if name == 'attack':
-        gradients, direction = gradients
-      return add_weighted(total, examples[name], gradients), direction
 
-    assert attack.one_step is not None  # `_check_attack` has seen to it.
-    start, finish = attack.one_step(start_key, leaf.get(attacked))
-    total = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
-    total, direction = add_pass('attack', start, attacked, total)
-    perturbed = at_least_float32(finish(direction))
-    total, _ = add_pass('adversarial', perturbed, attacked, total)
-    clean = at_least_float32(leaf.get(rest))
-    total, _ = add_pass('main', clean, rest, total)
-
-    new_model_state = states['main']
-    if isinstance(model_state, dual_bn.Branched):
-      new_model_state = model_state
-      for branch in ('main', 'adversarial'):
-        new_model_state = dual_bn.replace(
-          new_model_state, branch, states[branch]
-        )
-    grads = jax.tree.map(
-      lambda sum_, seen, p: (sum_ / seen).astype(p.dtype),
-      total,
-      _examples_seen(params, {'main': num_clean, 'adversarial': num_attacked}),
-      params,
+    assert self.attack.one_step is not None  # `_check_attack` has seen to it.
+    inputs = self.leaf.get(attacked)
+    start, finish = self.attack.one_step(start_key, inputs)
+    done = add(None, 'attack', keys[0], attacked, start)
+    crafted = check_crafted(finish(done.of_inputs), inputs)
+    attacked = self.leaf.set(attacked, crafted)
+    done = add(done, 'adversarial', keys[1], attacked)
+    done = add(done, 'main', keys[2], rest)
+    (loss, aux), total = collect(
+      done, params, model_state, weights, has_aux=self.loss.has_aux, whole=False
     )
-    loss: Any = sum(weighted(examples[name], losses[name]) for name in losses)
-    loss = loss / (num_clean + num_attacked)
-    aux = ConAdvAux(losses, new_model_state, auxes if has_aux else None)
-    return (loss, aux), grads, state
+    grads = jax.tree.map(
+      lambda sum_, examples: sum_ / examples, total, _of_leaves(params, seen)
+    )
+    if shares is None:
+      grads = cast_like(grads, params)
+    return (loss / sum(seen.values()), aux), grads, state
 
-  return GradientFunction(init, value_and_grad, staleness=0)
+  def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
+    del state
+    return self._seen(*self._split(as_arrays(batch)))
+
+  def _split(self, batch: Batch) -> tuple[Batch, Batch]:
+    """What is attacked, and the rest."""
+    size = self.leaf.get(batch).shape[0]
+    count = share_of(self.fraction, size)
+    if count == size:
+      raise ValueError(
+        'One part of each batch is attacked and the other trained on clean, so '
+        f'it needs two examples or more. Given a batch of {size}.'
+      )
+    attacked = first_part(batch, self.fraction, size)
+    return attacked, jax.tree.map(lambda x: x[count:], batch)
+
+  def _seen(self, attacked: Batch, rest: Batch) -> dict[str, jax.Array]:
+    """What the losses are divided by, by default how many examples."""
+
+    def seen(part: Batch) -> jax.Array:
+      if self.loss.denominator is not None:
+        return self.loss.divisor(part)
+      return jnp.float32(self.leaf.get(part).shape[0])
+
+    return {'adversarial': seen(attacked), 'main': seen(rest)}
 
 
 def _check_attack(attack: Any) -> None:
-  checks.check_attack(attack, reuse_gradient=False)
+  check_attack(attack)
   if attack.one_step is None or attack.prepare is not None:
     raise ValueError(
       'Fast AdvProp trains on the gradient of the attack too, so it needs an '
@@ -268,12 +283,13 @@ def _check_attack(attack: Any) -> None:
     )
 
 
-def _examples_seen(params: Any, of_branch: dict[str, int]) -> Any:
-  """For each leaf, how many examples go through it, at least one."""
+def _of_leaves(params: Any, seen: Denominators) -> Any:
+  """For each leaf what the losses of the branches that it is in divide by."""
   leaves, treedef = jax.tree.flatten(params)
   numbered = jax.tree.unflatten(treedef, range(len(leaves)))
-  seen = [0] * len(leaves)
-  for branch, examples in of_branch.items():
+  total: dict[int, Any] = {}
+  for branch in seen:
     for number in jax.tree.leaves(dual_bn.select(numbered, branch)):
-      seen[number] += examples
-  return jax.tree.unflatten(treedef, [max(1, examples) for examples in seen])
+      total[number] = total.get(number, 0.0) + seen[branch]
+  # A leaf in neither has no gradient.
+  return jax.tree.map(lambda number: total.get(number, 1.0), numbered)

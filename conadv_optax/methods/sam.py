@@ -23,19 +23,26 @@ import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.numeric import (
-  at_least_float32,
+  ascent,
+  cast_like,
   check_count,
+  check_no_schedule,
   check_not_negative,
   concrete,
+  dot,
   tree_at_least_float32,
   unit,
 )
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
+  Denominators,
   GradientFunction,
   LossFn,
   PerGroup,
+  check_kind,
+  gradient_function,
+  pytree,
 )
 from conadv_optax.training.plain import as_gradient_function
 
@@ -64,10 +71,7 @@ def sam(
   every: int = 1,
   reuse_weight: ArrayLike = 0.7,
   penalty: ArrayLike = 1.0,
-  axis: str | None = None,
-  has_state: bool = False,
-  has_aux: bool = False,
-  has_key: bool = False,
+  axis: str | tuple[str, ...] | None = None,
 ) -> GradientFunction:
   r"""Sharpness-aware minimization: the gradient at the worst point nearby.
 
@@ -91,7 +95,8 @@ def sam(
     g_v = g_s - \frac{\langle g_s, g \rangle}{\|g\|^2}\, g, \qquad
     g_s \approx g + \alpha \frac{\|g\|}{\|g_v\|}\, g_v
 
-  Both gradients are of the same batch with the same key. Loss, aux, batch
+  Where :math:`g_s` is along :math:`g` but for rounding, nothing is kept. Both
+  gradients are of the same batch with the same key. Loss, aux, batch
   statistics and the state inside are those of the first, at :math:`w`, so that
   statistics move once a step. A gradient of zero perturbs nothing, and
   :math:`\rho = 0` gives the gradient itself. The aux has no second moment of
@@ -101,7 +106,8 @@ def sam(
   Args:
     grad_fn: what `conadv.wrap` returned, say, or a loss function as for
       `plain`.
-    radius: :math:`\rho`, how far the second gradient is taken.
+    radius: :math:`\rho`, how far the second gradient is taken. For a schedule
+      call `sam` where the step is compiled, with `radius=schedule(count)`.
     every: :math:`k`, the steps from one second gradient to the next, static.
     reuse_weight: :math:`\alpha`, how much of the kept part is used between.
     penalty: :math:`a`, from 0 to 1, the share of the second gradient.
@@ -110,19 +116,16 @@ def sam(
       `every > 1`); inside `data_parallel` over that axis. None: each device,
       and each micro-batch of an `accumulate` outside, perturbs by its own.
       With `axis`, put `accumulate` inside: its micro-batches do so together.
-    has_state: of a loss function, as for `plain`.
-    has_aux: of a loss function, as for `plain`.
-    has_key: of a loss function, as for `plain`.
 
   Returns:
     A `GradientFunction` with the staleness of `grad_fn`, whose gradients have
     the structure and dtypes of the parameters.
 
   Raises:
-    TypeError: for a `grad_fn` that is no function.
-    ValueError: for a negative radius or weight, an `every` that is not an int
-      of at least 1, a penalty outside of 0 to 1, `has_state`, `has_aux` or
-      `has_key` of what is not a loss function, or an axis that is not there.
+    TypeError: for a `grad_fn` that is no function, an `every` that is no int,
+      or a number that is a schedule.
+    ValueError: for a negative radius or weight, an `every` below 1, a penalty
+      outside of 0 to 1, or an axis that is not there.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -145,99 +148,130 @@ def sam(
     Zhao et al., `Penalizing Gradient Norm for Efficiently Improving
     Generalization in Deep Learning <https://arxiv.org/abs/2202.03599>`_, 2022
   """
-  grad_fn = as_gradient_function(
-    grad_fn, has_state=has_state, has_aux=has_aux, has_key=has_key
-  )
+  grad_fn = as_gradient_function(grad_fn)
   check_not_negative('radius', radius)
   check_not_negative('reuse_weight', reuse_weight)
   check_count('every', every)
   _check_penalty(penalty)
+  return gradient_function(
+    _Sam(grad_fn, radius, reuse_weight, penalty, every, axis),
+    grad_fn.staleness,
+    has_denominators=grad_fn.denominators is not None,
+  )
+
+
+@pytree('grad_fn', 'radius', 'reuse_weight', 'penalty')
+class _Sam:
+  grad_fn: GradientFunction
+  radius: ArrayLike
+  reuse_weight: ArrayLike
+  penalty: ArrayLike
+  every: int
+  axis: str | tuple[str, ...] | None
 
   def init(
+    self,
     params: Any,
     first_batches: Sequence[Batch],
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
-  ) -> Any:
-    inner = grad_fn.init(
+  ) -> SamState:
+    inner = self.grad_fn.init(
       params, first_batches, model_state=model_state, key=key
     )
-    if every == 1:
+    if self.every == 1:
       return SamState(inner, (), ())
     direction = jax.tree.map(jnp.zeros_like, tree_at_least_float32(params))
-    return SamState(
-      inner,
-      jnp.zeros([], jnp.int32),
-      PerGroup(direction) if axis is None else direction,
-    )
+    return SamState(inner, jnp.zeros([], jnp.int32), self._hold(direction))
+
+  def denominators(self, state: SamState, batch: Batch) -> Denominators:
+    assert self.grad_fn.denominators is not None
+    return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(
+    self,
     params: Any,
     state: SamState,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    (loss, aux), grads, inner = grad_fn.value_and_grad(
-      params, state.inner, batch, model_state=model_state, key=key
-    )
+    **group: Any,
+  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, SamState]:
+    check_kind(state, SamState)
+
+    def call(at: Any) -> Any:
+      return self.grad_fn.value_and_grad(
+        at, state.inner, batch, model_state=model_state, key=key, **group
+      )
+
+    (loss, aux), grads, inner = call(params)
     # That of an `accumulate` inside is not of the gradient returned here.
     output = loss, aux._replace(second_moment=None)
-    gradient = _mean(tree_at_least_float32(grads), axis)
+    gradient = self._mean(tree_at_least_float32(grads))
 
     def sharp() -> Any:
       """The gradient at the worst point of the ball."""
-      perturbed = jax.tree.map(
-        lambda w, d: (
-          at_least_float32(w) + jnp.asarray(radius, d.dtype) * d
-        ).astype(w.dtype),
-        params,
-        unit(gradient),
+      ahead = unit(ascent(gradient))
+      here = tree_at_least_float32(params)
+      point = jax.tree.map(
+        lambda w, d: w + jnp.asarray(self.radius, d.dtype) * d, here, ahead
       )
-      _, sharp_grads, _ = grad_fn.value_and_grad(
-        perturbed, state.inner, batch, model_state=model_state, key=key
-      )
-      return tree_at_least_float32(sharp_grads)
+      return tree_at_least_float32(call(cast_like(point, params))[1])
 
-    def mixed(gradient: Any, sharp_gradient: Any) -> Any:
-      def mix(like: jax.Array, g: jax.Array, s: jax.Array) -> jax.Array:
-        a = jnp.asarray(penalty, g.dtype)
-        return ((1 - a) * g + a * s).astype(like.dtype)
-
-      return jax.tree.map(mix, grads, gradient, sharp_gradient)
-
-    if every == 1:
+    if self.every == 1:
       # Linear from here on, so the mean over devices can wait.
-      new_grads = mixed(tree_at_least_float32(grads), sharp())
-      return output, new_grads, SamState(inner, (), ())
+      mixed = self._mix(tree_at_least_float32(grads), sharp())
+      return output, cast_like(mixed, grads), SamState(inner, (), ())
 
     is_due = state.phase == 0
     # The mean over devices stands outside of the branches, so that no device
     # can wait for another in a branch that the other does not take.
-    sharp_gradient = _mean(
+    sharp_gradient = self._mean(
       jax.lax.cond(
         is_due, sharp, lambda: jax.tree.map(jnp.zeros_like, gradient)
-      ),
-      axis,
+      )
     )
-    old = state.direction.value if axis is None else state.direction
-    direction = _where(is_due, _orthogonal(sharp_gradient, gradient), old)
-    length = optax.tree.norm(gradient) * jnp.asarray(reuse_weight, jnp.float32)
+    old = state.direction.value if self.axis is None else state.direction
+    beside = _orthogonal(sharp_gradient, gradient, _rounding(grads))
+    direction = _where(is_due, beside, old)
+    length = optax.tree.norm(gradient)
+    length *= jnp.asarray(self.reuse_weight, length.dtype)
     reused = optax.tree.add_scale(gradient, length, unit(direction))
-    new_grads = mixed(gradient, _where(is_due, sharp_gradient, reused))
-    new_state = SamState(
-      inner,
-      (state.phase + 1) % every,
-      PerGroup(direction) if axis is None else direction,
-    )
-    return output, new_grads, new_state
+    mixed = self._mix(gradient, _where(is_due, sharp_gradient, reused))
+    phase = (state.phase + 1) % self.every
+    new_state = SamState(inner, phase, self._hold(direction))
+    return output, cast_like(mixed, grads), new_state
 
-  return GradientFunction(init, value_and_grad, grad_fn.staleness)
+  def _hold(self, direction: Any) -> Any:
+    return PerGroup(direction) if self.axis is None else direction
+
+  def _mix(self, gradient: Any, sharp_gradient: Any) -> Any:
+    def mix(g: jax.Array, s: jax.Array) -> jax.Array:
+      a = jnp.asarray(self.penalty, g.dtype)
+      return (1 - a) * g + a * s
+
+    return jax.tree.map(mix, gradient, sharp_gradient)
+
+  def _mean(self, tree: Any) -> Any:
+    """The mean over the devices of `axis`."""
+    if self.axis is None:
+      return tree
+    try:
+      return jax.lax.pmean(tree, self.axis)
+    except NameError as error:
+      raise ValueError(
+        '`axis` names the axis of a mesh over which devices perturb together. '
+        f'Given axis={self.axis!r} where there is none. Likely `data_parallel` '
+        'is missing, or inside of `sam`: write `conadv.data_parallel('
+        f'conadv.sam(grad_fn, radius, axis={self.axis!r}), mesh, '
+        f'axis={self.axis!r})`.'
+      ) from error
 
 
 def _check_penalty(penalty: Any) -> None:
+  check_no_schedule('penalty', penalty)
   number = concrete(penalty)
   if number is not None and not 0 <= number <= 1:
     raise ValueError(
@@ -247,26 +281,23 @@ def _check_penalty(penalty: Any) -> None:
     )
 
 
-def _mean(tree: Any, axis: str | None) -> Any:
-  """The mean over the devices of `axis`."""
-  if axis is None:
-    return tree
-  try:
-    return jax.lax.pmean(tree, axis)
-  except NameError as error:
-    raise ValueError(
-      '`axis` names the axis of a mesh over which devices perturb together. '
-      f'Given axis={axis!r} where there is none. Likely `data_parallel` is '
-      'missing, or inside of `sam`: write `conadv.data_parallel(conadv.sam('
-      f'grad_fn, radius, axis={axis!r}), mesh, axis={axis!r})`.'
-    ) from error
-
-
 def _where(condition: jax.Array, x: Any, y: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
-def _orthogonal(x: Any, to: Any) -> Any:
-  """What is left of `x` without its part along `to`."""
+def _rounding(gradients: Any) -> float:
+  """The part of a gradient that its rounding may turn, with room to spare."""
+  coarsest = max(
+    float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(gradients)
+  )
+  return coarsest + 64 * float(jnp.finfo(jnp.float32).eps)
+
+
+def _orthogonal(x: Any, to: Any, rounding: float) -> Any:
+  """What is left of `x` without its part along `to`, if more than rounding."""
   direction = unit(to)
-  return optax.tree.add_scale(x, -optax.tree.vdot(x, direction), direction)
+  rest = optax.tree.add_scale(x, -dot(x, direction), direction)
+  is_rounding = optax.tree.norm(rest) <= rounding * optax.tree.norm(x)
+  return jax.tree.map(
+    lambda r: jnp.where(is_rounding, jnp.zeros_like(r), r), rest
+  )

@@ -5,11 +5,18 @@ from typing import Any
 
 import jax
 
-from conadv_optax.core import checks
+from conadv_optax.core.batches import as_arrays, first_part, replace_first
 from conadv_optax.core.losses import mean_loss
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Attack, Batch
+from conadv_optax.training.loss import check_key
+from conadv_optax.training.steps import (
+  check_attack,
+  check_fraction,
+  check_inputs,
+  craft,
+)
 
 
 def perturb(
@@ -41,7 +48,7 @@ def perturb(
     attack: how the inputs are perturbed.
     inputs: the leaf of the batch to perturb, as in `wrap`.
     adversarial_fraction: the share :math:`p` of the batch: its first
-      `int(p * batch)` examples, at least one.
+      :math:`\lfloor p B \rfloor` examples, at least one.
     key: for an attack that draws.
 
   Returns:
@@ -71,25 +78,18 @@ def perturb(
     training and second-order information <https://arxiv.org/abs/1810.01021>`_,
     2018
   """
-  checks.check_fraction(adversarial_fraction)
-  checks.check_attack(attack, reuse_gradient=False)
-  checks.check_key(attack.draws, key)
+  check_fraction(adversarial_fraction)
+  check_attack(attack)
+  check_key(attack.draws, key)
   leaf = _leaf(inputs, argument='inputs')
-  batch = jax.tree.map(jax.numpy.asarray, batch)
+  batch = as_arrays(batch)
   clean = leaf.get(batch)
-  checks.check_inputs(clean)
-  checks.check_batch_axis(batch, clean.shape[0])
-  count = max(1, int(adversarial_fraction * clean.shape[0]))
-  part = jax.tree.map(lambda x: x[:count], batch)
-  prepare_key, craft_key = (
-    (None, None) if key is None else jax.random.split(key)
-  )
-  if attack.prepare is not None:
-    part = attack.prepare(prepare_key, part)
+  check_inputs(clean)
 
-  def loss(perturbed: jax.Array) -> jax.Array:
-    typed = perturbed.astype(clean.dtype)
-    return mean_loss(loss_fn, params, leaf.set(part, typed))
+  def loss(batch: Batch, key: Any) -> jax.Array:
+    del key
+    return mean_loss(loss_fn, params, batch)
 
-  crafted = attack.craft(craft_key, jax.grad(loss), clean[:count])
-  return leaf.set(batch, clean.at[:count].set(crafted))
+  part = first_part(batch, adversarial_fraction, clean.shape[0])
+  crafted = craft(attack, leaf, loss, part, key)
+  return leaf.set(batch, replace_first(clean, crafted))

@@ -1,25 +1,32 @@
 """The plain step, in the form of all the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
-from conadv_optax import dual_bn
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import at_least_float32, describe
+from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.numeric import describe
 from conadv_optax.core.types import (
   Batch,
   ConAdvAux,
   ConAdvState,
+  Denominators,
   GradientFunction,
   LossFn,
+  gradient_function,
+  pytree,
 )
+from conadv_optax.training.loss import Loss
+from conadv_optax.training.queue import check_first_batches, check_state
+from conadv_optax.training.steps import Pass, collect, train
 
 
 def plain(
   loss_fn: LossFn,
   *,
+  denominator: Callable[[Batch], ArrayLike] | None = None,
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
@@ -35,6 +42,7 @@ def plain(
 
   Args:
     loss_fn: as for `wrap`, with the same `has_state`, `has_aux`, `has_key`.
+    denominator: what the loss is a mean of, as for `wrap`.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
@@ -60,8 +68,26 @@ def plain(
     You et al., `Large Batch Training of Convolutional Networks
     <https://arxiv.org/abs/1708.03888>`_, 2017: the step at its largest batches
   """
+  loss = Loss(loss_fn, has_state, has_aux, has_key, denominator)
+  return gradient_function(
+    _Plain(loss), 0, has_denominators=denominator is not None
+  )
+
+
+def no_memory(
+  first_batches: Sequence[Batch],
+) -> ConAdvState:
+  """The state of a gradient function of staleness 0."""
+  check_first_batches(first_batches, 0)
+  return ConAdvState((), ())
+
+
+@pytree()
+class _Plain:
+  loss: Loss
 
   def init(
+    self,
     params: Any,
     first_batches: Sequence[Batch],
     *,
@@ -69,71 +95,48 @@ def plain(
     key: jax.Array | None = None,
   ) -> ConAdvState:
     del params, model_state, key
-    checks.check_first_batches(first_batches, 0)
-    return ConAdvState((), ())
+    return no_memory(first_batches)
 
   def value_and_grad(
+    self,
     params: Any,
     state: ConAdvState,
     batch: Batch,
     *,
     model_state: Any = None,
     key: jax.Array | None = None,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    checks.check_model_state(params, model_state, has_state)
-    checks.check_key(has_key, key)
-
-    def loss(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-      state = dual_bn.select(model_state, 'main')
-      output = loss_fn(
-        dual_bn.select(params, 'main'),
-        *([state] if has_state else []),
-        batch,
-        **({'key': key} if has_key else {}),
-      )
-      value, new_state, aux = checks.unpack_loss(
-        output, state, has_state, has_aux
-      )
-      if isinstance(model_state, dual_bn.Branched):
-        new_state = dual_bn.replace(model_state, 'main', new_state)
-      return at_least_float32(value), (new_state, aux)
-
-    (value, (new_state, aux)), grads = jax.value_and_grad(loss, has_aux=True)(
-      params
+    self.loss.check(params, model_state, key)
+    check_state(state, 0)
+    batch = as_arrays(batch)
+    shares = None
+    if denominators is not None:
+      shares = {'main': self.loss.divisor(batch) / denominators['main']}
+    passes = {'main': Pass('main', batch, key, 1.0)}
+    trained = train(self.loss, None, params, model_state, passes, shares=shares)
+    output, grads = collect(
+      trained,
+      params,
+      model_state,
+      {'main': 1.0},
+      has_aux=self.loss.has_aux,
+      whole=shares is None,
     )
-    user_aux = {'main': aux} if has_aux else None
-    return (
-      (value, ConAdvAux({'main': value}, new_state, user_aux)),
-      grads,
-      state,
-    )
+    return output, grads, state
 
-  return GradientFunction(init, value_and_grad, staleness=0)
+  def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
+    del state
+    return {'main': self.loss.divisor(as_arrays(batch))}
 
 
-def as_gradient_function(
-  fn: GradientFunction | LossFn,
-  *,
-  has_state: bool,
-  has_aux: bool,
-  has_key: bool,
-) -> GradientFunction:
+def as_gradient_function(fn: GradientFunction | LossFn) -> GradientFunction:
   """A gradient function as it is, and a loss function made `plain`."""
-  flags = {'has_state': has_state, 'has_aux': has_aux, 'has_key': has_key}
-  if not isinstance(fn, GradientFunction):
-    if not callable(fn):
-      raise TypeError(
-        'Here belongs a gradient function, what `conadv.wrap` or '
-        '`conadv.plain` returned say, or a loss function. Given '
-        f'{describe(fn)}.'
-      )
-    return plain(fn, **flags)
-  if any(flags.values()):
-    given = ', '.join(f'{name}=True' for name in flags if flags[name])
-    raise ValueError(
-      'A gradient function knows already what its loss takes and returns; '
-      '`has_state`, `has_aux` and `has_key` are for a loss function. Given a '
-      f'gradient function and {given}. Write `conadv.plain(loss_fn, {given})`, '
-      'or the same with `conadv.wrap`.'
+  if isinstance(fn, GradientFunction):
+    return fn
+  if not callable(fn):
+    raise TypeError(
+      'Here belongs a gradient function, what `conadv.wrap` or `conadv.plain` '
+      f'returned say, or a loss function. Given {describe(fn)}.'
     )
-  return fn
+  return plain(fn)

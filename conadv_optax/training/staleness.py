@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core import checks
+from conadv_optax.core.batches import as_arrays
 from conadv_optax.core.types import Batch, GradientFunction, Passes, Queue
+from conadv_optax.training.steps import check_passes
 
 
 class StalenessReport(NamedTuple):
   """What `staleness_report` measures, float32 scalars.
 
   Attributes:
-    sign_agreement: the share of input elements that the stale and the fresh
-      attack move the same way, 0 to 1.
+    sign_agreement: of the input elements that one of the two attacks moves,
+      the share that both move the same way, 0 to 1; nan where none is moved.
     stale_gain: how much the stale attack adds to the adversarial branch's loss.
     fresh_gain: how much the fresh attack adds to it.
   """
@@ -38,7 +39,7 @@ def staleness_report(
 
   .. math::
 
-    \text{agreement} = \operatorname{mean}\left[
+    \text{agreement} = \operatorname{mean}_{moved}\left[
       \mathrm{sign}(\hat x_{old} - x) = \mathrm{sign}(\hat x - x)
     \right]
 
@@ -93,12 +94,12 @@ def staleness_report(
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
-  passes = checks.check_passes(grad_fn, 'staleness_report')
+  passes = check_passes(grad_fn, 'staleness_report')
   return _report(
     passes,
     old_params,
     params,
-    jax.tree.map(jnp.asarray, batch),
+    as_arrays(batch),
     model_state,
     key,
   )
@@ -127,8 +128,9 @@ def _report(
     return jnp.sign(inputs - clean)
 
   clean_loss = loss(clean)
+  old, new = moved(stale), moved(fresh)
   return StalenessReport(
-    jnp.mean(moved(stale) == moved(fresh), dtype=jnp.float32),
+    jnp.mean(old == new, dtype=jnp.float32, where=(old != 0) | (new != 0)),
     loss(stale) - clean_loss,
     loss(fresh) - clean_loss,
   )

@@ -9,30 +9,41 @@ References:
   <https://arxiv.org/abs/2106.00221>`_, 2022
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from conadv_optax import dual_bn
 from conadv_optax.attacks.pgd import pgd
-from conadv_optax.core import checks
-from conadv_optax.core.numeric import add_weighted, at_least_float32, weighted
+from conadv_optax.core.numeric import (
+  check_no_schedule,
+  concrete,
+  describe,
+)
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
   Attack,
   Batch,
   ConAdvAux,
-  ConAdvState,
+  Denominators,
   GradientFunction,
   LossFn,
   Passes,
   Queue,
+  gradient_function,
+  pytree,
 )
-from conadv_optax.training import queue
+from conadv_optax.training.loss import Loss
+from conadv_optax.training.queue import Ring
+from conadv_optax.training.reuse import ReusedStep, check_reuse
+from conadv_optax.training.steps import (
+  Step,
+  check_attack,
+  check_fraction,
+)
 
 # 9 of 255 levels on a scale from -1 to 1, taken as units of normalised inputs:
 # the radius of the largest published run.
@@ -49,6 +60,7 @@ def wrap(
   extra_branches: Mapping[str, LeafSpec] | None = None,
   adversarial_fraction: float = 1.0,
   reuse_gradient: bool = False,
+  denominator: Callable[[Batch], ArrayLike] | None = None,
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
@@ -70,7 +82,8 @@ def wrap(
   Where parameters and model state are `dual_bn.Branched`, each branch uses its
   own norm layers, and the attack those of the adversarial branch, in training
   mode; the statistics that the attack computes are thrown away. A plain model
-  state is shared, and the main branch's update of it is kept.
+  state is shared, and the main branch's update of it is kept, or where that has
+  weight 0, that of the first branch with weight.
 
   With `reuse_gradient`, call :math:`t` trains on the newest clean batch and on
   the adversarial copy of the batch :math:`\tau` calls back, and the input
@@ -108,10 +121,17 @@ def wrap(
       `{'augmented': 'image_augmented'}` names the leaf that takes the place of
       `inputs`.
     adversarial_fraction: the share :math:`p` of each batch to attack: its
-      first `int(p * batch)` examples, at least one. The adversarial loss is
-      the mean over those. Of a batch that `jit` spreads over devices the first
-      part lies on the first of them; `data_parallel` takes a part of each.
-    reuse_gradient: take the attack's gradient from the training pass.
+      first :math:`\lfloor p B \rfloor` examples, at least one. The adversarial
+      loss is the mean over those. Of a batch that `jit` spreads over devices
+      the first part lies on the first of them; `data_parallel` takes a part of
+      each.
+    reuse_gradient: take the attack's gradient from the training pass. In
+      float16 scale the loss as for training, or that gradient underflows.
+    denominator: what the loss is a mean of, where that is not the examples:
+      `denominator(batch)` is the scalar that the loss of the batch was divided
+      by, `lambda batch: batch['mask'].sum()` say. Groups of examples
+      (`data_parallel`, `accumulate`, `concurrent`) are then averaged with it
+      for weight, and the result is that of the whole batch at once.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
@@ -154,244 +174,160 @@ def wrap(
     Liu et al., `Concurrent Adversarial Learning for Large-Batch Training
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
-  checks.check_staleness(staleness, reuse_gradient)
-  checks.check_fraction(adversarial_fraction)
+  _check_staleness(staleness)
+  check_fraction(adversarial_fraction)
   if attack is None:
     attack = pgd(_EPSILON, random_start=not reuse_gradient)
-  checks.check_attack(attack, reuse_gradient)
+  check_attack(attack)
   extra = dict(extra_branches or {})
   branches = ('main', 'adversarial', *extra)
-  checks.check_branches(branches, weights)
+  _check_branches(branches, weights)
   if weights is None:
     weights = dict.fromkeys(branches, 1 / len(branches))
-  leaf = _leaf(inputs, argument='inputs')
-  views = {
-    name: _leaf(spec, argument=f'extra_branches[{name!r}]')
-    for name, spec in extra.items()
-  }
+  fields = (
+    attack,
+    dict(weights),
+    Loss(loss_fn, has_state, has_aux, has_key, denominator),
+    _leaf(inputs, argument='inputs'),
+    {
+      name: _leaf(spec, argument=f'extra_branches[{name!r}]')
+      for name, spec in extra.items()
+    },
+    adversarial_fraction,
+  )
+  step: Step
+  passes = None
+  if reuse_gradient:
+    check_reuse(attack, staleness)
+    step = ReusedStep(*fields)
+  else:
+    step = ConAdvStep(*fields)
+    passes = Passes(step.craft_alone, step.train_alone, step.clean)
+  return gradient_function(
+    Ring(step, staleness),
+    staleness,
+    has_denominators=denominator is not None,
+    passes=passes,
+  )
 
-  def branch_loss(
-    branch: str,
+
+@pytree('attack', 'weights')
+class ConAdvStep(Step):
+  """Trains on the batch that has waited, and attacks the newest."""
+
+  def enter(
+    self, params: Any, model_state: Any, batch: Batch, key: Any
+  ) -> Queue:
+    """The entry of one of the first batches."""
+    return Queue(batch, self.craft(params, model_state, batch, key))
+
+  def like(self, newest: Batch) -> Batch:
+    """The batch of the entry of `newest`, in its shapes and dtypes."""
+    return newest
+
+  def run(
+    self,
     params: Any,
-    perturbed: jax.Array | None,
     model_state: Any,
-    batch: Batch,
-    key: jax.Array | None,
-  ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """The loss of one branch, as a function of parameters and inputs."""
-    if perturbed is not None:
-      dtype = leaf.get(batch).dtype
-      batch = leaf.set(batch, perturbed.astype(dtype))
-    state = dual_bn.select(model_state, branch)
-    output = loss_fn(
-      dual_bn.select(params, branch),
-      *([state] if has_state else []),
-      batch,
-      **({'key': key} if has_key else {}),
+    oldest: Any,
+    newest: Batch,
+    key: Any,
+    denominators: Denominators | None,
+  ) -> tuple[tuple[Any, Any], Queue]:
+    """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
+    attack_key, keys = self.keys(key)
+    entry = self.enter(params, model_state, newest, attack_key)
+    # With staleness 0 nothing waits, and the newest is trained on.
+    waited = oldest or entry
+    output, _ = self.train(
+      params,
+      model_state,
+      waited.batch,
+      self._attacked(waited),
+      keys,
+      after=entry.adversarial,
+      denominators=denominators,
     )
-    loss, new_state, aux = checks.unpack_loss(output, state, has_state, has_aux)
-    return at_least_float32(loss), (new_state, aux)
+    return output, entry
 
-  def first_part(batch: Batch) -> Batch:
-    """The examples that are attacked."""
-    if adversarial_fraction == 1:
-      return batch
-    size = leaf.get(batch).shape[0]
-    checks.check_batch_axis(batch, size)
-    count = max(1, int(adversarial_fraction * size))
-    return jax.tree.map(lambda x: x[:count], batch)
+  def denominators(self, oldest: Any, newest: Batch) -> Denominators:
+    """What the losses of a step are divided by."""
+    clean = oldest.batch if oldest else newest
+    return self.divisors(clean, self.part(clean))
 
-  def keys_of(key: jax.Array | None) -> tuple[Any, dict[str, Any]]:
-    """The attack's own key and those of the branches, from that of a call."""
-    attack_key, *branch_keys = _split(key, 1 + len(branches))
-    return attack_key, dict(zip(branches, branch_keys, strict=True))
-
-  def craft(
-    params: Any, model_state: Any, batch: Batch, key: jax.Array | None
-  ) -> jax.Array:
-    """The attack pass: adversarial inputs of the first part of the batch."""
-    prepare_key, craft_key, loss_key = _split(key, 3)
-    batch = first_part(batch)
-    clean = leaf.get(batch)
-    if attack.prepare is not None:
-      batch = attack.prepare(prepare_key, batch)
-
-    def gradient_fn(perturbed: jax.Array) -> jax.Array:
-      gradient = jax.grad(branch_loss, argnums=2, has_aux=True)
-      return gradient(
-        'adversarial', params, perturbed, model_state, batch, loss_key
-      )[0]
-
-    return attack.craft(craft_key, gradient_fn, clean)
-
-  def train(
-    params: Any,
-    model_state: Any,
-    clean: Batch,
-    attacked: Batch,
-    keys: Mapping[str, jax.Array | None],
-    *,
-    after: Any = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    """The training passes: one for each branch, on its examples.
-
-    One pass at a time, and none before `after` is computed: left to itself the
-    compiler interleaves them and keeps the activations of all.
-    """
-    examples = {'adversarial': attacked, 'main': clean}
-    for name, view in views.items():
-      examples[name] = leaf.set(clean, view.get(clean))
-    losses, auxes, new_model_state = {}, {}, model_state
-    total: Any = None
-    gradients: Any = None
-    input_gradient: Any = None
-    for branch, batch in examples.items():
-      theta, (after, total) = jax.lax.optimization_barrier(
-        (params, (after, total))
-      )
-      also_inputs = reuse_gradient and branch == 'main'
-      (loss, (branch_state, auxes[branch])), gradients = jax.value_and_grad(
-        branch_loss, argnums=(1, 2) if also_inputs else 1, has_aux=True
-      )(
-        branch,
-        theta,
-        at_least_float32(leaf.get(batch)) if also_inputs else None,
-        model_state,
-        batch,
-        keys[branch],
-      )
-      if also_inputs:
-        gradients, input_gradient = gradients
-      after = losses[branch] = loss
-      total = add_weighted(total, weights[branch], gradients)
-      if isinstance(model_state, dual_bn.Branched):
-        new_model_state = dual_bn.replace(new_model_state, branch, branch_state)
-      elif branch == 'main':
-        new_model_state = branch_state
-    grads = jax.tree.map(lambda s, g: s.astype(g.dtype), total, gradients)
-    total_loss: Any = sum(
-      weighted(weights[name], losses[name]) for name in branches
-    )
-    aux = ConAdvAux(losses, new_model_state, auxes if has_aux else None)
-    return (total_loss, aux), grads, input_gradient
-
-  def examples_of(waiting: Queue) -> tuple[Batch, Batch]:
-    """The clean examples and the attacked ones of an entry of the ring."""
-    part = first_part(waiting.batch)
-    return waiting.batch, leaf.set(part, waiting.adversarial)
-
-  def reuse(batch: Batch, gradient: jax.Array) -> Batch:
-    """The first part of the batch, perturbed by a training pass's gradient."""
-    assert attack.reuse is not None  # `check_attack` has seen to it.
-    batch = first_part(batch)
-    clean = leaf.get(batch)
-    return leaf.set(batch, attack.reuse(gradient[: clean.shape[0]], clean))
-
-  def check(
-    params: Any,
-    model_state: Any,
-    batches: Sequence[Batch],
-    key: jax.Array | None,
-  ) -> None:
-    checks.check_model_state(params, model_state, has_state)
-    checks.check_key(attack.draws or has_key, key)
-    for batch in batches:
-      checks.check_inputs(leaf.get(batch))
-
-  def init(
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ConAdvState:
-    checks.check_first_batches(first_batches, staleness)
-    batches = jax.tree.map(jnp.asarray, list(first_batches))
-    for batch in batches[1:]:
-      checks.check_like(batch, batches[0], 'Every one of `first_batches`')
-    if staleness > 0:
-      check(params, model_state, batches, key)
-    # Compiled, so that every part of the state lies on the devices of the rest.
-    return jax.jit(fill)(params, model_state, batches, key)
-
-  def fill(
-    params: Any,
-    model_state: Any,
-    first_batches: list[Batch],
-    key: jax.Array | None,
-  ) -> ConAdvState:
-    """The state whose ring holds the first batches and their copies."""
-    if staleness == 0:
-      return ConAdvState((), ())
-    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *first_batches)
-    adversarial = jax.lax.map(
-      lambda args: craft(params, model_state, *args),
-      (batches, None if key is None else jax.random.split(key, staleness)),
-    )
-    if not reuse_gradient:
-      return queue.fill(Queue(batches, adversarial))
-    attacked = jax.vmap(first_part)(batches)
-    return queue.fill(Queue(leaf.set(attacked, adversarial), None))
-
-  def value_and_grad(
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    newest = jax.tree.map(jnp.asarray, batch)
-    check(params, model_state, [newest], key)
-    checks.check_state(state, staleness)
-    attack_key, branch_keys = keys_of(key)
-    oldest = queue.oldest(state)
-    if staleness > 0:
-      like = newest
-      if reuse_gradient:
-        # As the queue holds it, where `inputs` may be of another dtype.
-        part = first_part(newest)
-        like = leaf.set(part, leaf.get(part))
-      checks.check_like(like, oldest.batch, 'A later batch')
-
-    if reuse_gradient:
-      output, grads, input_gradient = train(
-        params, model_state, newest, oldest.batch, branch_keys
-      )
-      waiting = Queue(reuse(newest, input_gradient), None)
-    else:
-      crafted = craft(params, model_state, newest, attack_key)
-      waiting = Queue(newest, crafted)
-      pair = examples_of(oldest if staleness > 0 else waiting)
-      output, grads, _ = train(
-        params, model_state, *pair, branch_keys, after=crafted
-      )
-    if staleness > 0:
-      state = queue.push(state, waiting)
-    return output, grads, state
+  def _attacked(self, waiting: Queue) -> Batch:
+    return self.leaf.set(self.part(waiting.batch), waiting.adversarial)
 
   def craft_alone(
-    params: Any, model_state: Any, batch: Batch, key: jax.Array | None
+    self, params: Any, model_state: Any, batch: Batch, key: Any
   ) -> jax.Array:
     """`craft` for a caller who has checked nothing."""
-    check(params, model_state, [batch], key)
-    return craft(params, model_state, batch, keys_of(key)[0])
+    self.check(params, model_state, [batch], key)
+    return self.craft(params, model_state, batch, self.keys(key)[0])
 
   def train_alone(
-    params: Any, model_state: Any, waiting: Queue, key: jax.Array | None
+    self,
+    params: Any,
+    model_state: Any,
+    waiting: Queue,
+    key: Any,
+    denominators: Denominators | None = None,
   ) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
     """`train` on an entry of the ring, likewise."""
-    check(params, model_state, [waiting.batch], key)
-    pair = examples_of(waiting)
-    return train(params, model_state, *pair, keys_of(key)[1])[:2]
-
-  passes = None
-  if not reuse_gradient:
-    passes = Passes(
-      craft_alone, train_alone, lambda batch: leaf.get(first_part(batch))
+    self.check(params, model_state, [waiting.batch], key)
+    output, _ = self.train(
+      params,
+      model_state,
+      waiting.batch,
+      self._attacked(waiting),
+      self.keys(key)[1],
+      denominators=denominators,
     )
-  return GradientFunction(init, value_and_grad, staleness, passes)
+    return output
+
+  def clean(self, batch: Batch) -> jax.Array:
+    """The inputs that are attacked."""
+    return self.leaf.get(self.part(batch))
 
 
-def _split(key: jax.Array | None, num: int) -> Any:
-  return (None,) * num if key is None else jax.random.split(key, num)
+def _check_staleness(staleness: Any) -> None:
+  """`staleness` counts steps."""
+  if isinstance(staleness, bool) or not isinstance(staleness, int):
+    raise TypeError(
+      '`staleness` is a number of steps, a Python int, because the length of '
+      f'the queue depends on it. Given staleness={staleness!r} of type '
+      f'{type(staleness).__name__}. Write `staleness=1`; mark it static under '
+      '`jax.jit`.'
+    )
+  if staleness < 0:
+    raise ValueError(
+      '`staleness` is how many steps old the parameters of an attack are, 0 or '
+      f'more. Given staleness={staleness}.'
+    )
+
+
+def _check_branches(branches: Sequence[str], weights: Any) -> None:
+  """Different names, and a number for each of them and for no other."""
+  if len(set(branches)) != len(branches):
+    raise ValueError(
+      "The names 'main' and 'adversarial' are taken: `extra_branches` needs "
+      f'others. Given {list(branches[2:])}.'
+    )
+  right = dict.fromkeys(branches, round(1 / len(branches), 3))
+  if weights is not None and set(weights) != set(branches):
+    raise ValueError(
+      '`weights` needs one entry for each branch. Given '
+      f'weights for {sorted(weights)}, but the branches are '
+      f'{sorted(branches)}. Write `weights={right}`.'
+    )
+  for name, weight in (weights or {}).items():
+    check_no_schedule(f'weights[{name!r}]', weight)
+    number = concrete(weight)
+    is_scalar = jnp.shape(weight) == ()
+    if not is_scalar or (number is not None and not 0 <= number < jnp.inf):
+      given = describe(weight) if number is None else number.tolist()
+      raise ValueError(
+        'A weight of a branch is one finite number, not negative. Given '
+        f'weights[{name!r}]={given}. Write `weights={right}`; weights of '
+        'examples belong in `loss_fn`.'
+      )

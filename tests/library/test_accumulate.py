@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import init_model, loss_fn, make_batch
+from helpers import in_parts, init_model, loss_fn, make_batch
 from jax.sharding import AxisType
 
 import conadv_optax as conadv
@@ -40,12 +40,14 @@ def make_mesh(devices=COUNT):
   )
 
 
-def run(grad_fn, *, steps=4, size=32, branched=True):
+def run(grad_fn, *, steps=4, size=32, branched=True, parts=1):
   """Losses, gradients, statistics, parameters and state after some steps."""
   params, model_state = init_model()
   if branched:
     params, model_state = conadv.dual_bn.split(params, model_state)
-  batches = [make_batch(t, size=size) for t in range(steps + 3)]
+  batches = [
+    in_parts(make_batch(t, size=size), parts) for t in range(steps + 3)
+  ]
   tau = grad_fn.staleness
   state = jax.jit(grad_fn.init)(
     params, batches[:tau], model_state=model_state, key=jax.random.key(0)
@@ -64,9 +66,15 @@ def run(grad_fn, *, steps=4, size=32, branched=True):
 def test_micro_batches_are_devices(kind):
   grad_fn = make_grad_fn(kind)
   one, state, _ = run(conadv.accumulate(grad_fn, COUNT))
-  many, on_devices, _ = run(conadv.data_parallel(grad_fn, make_mesh()))
+  many, on_devices, _ = run(
+    conadv.data_parallel(grad_fn, make_mesh()), parts=COUNT
+  )
   chex.assert_trees_all_close(one, many, **CLOSE)
-  chex.assert_trees_all_close(state, on_devices, **CLOSE)
+  rings = jax.tree.map(
+    lambda x: jnp.stack([in_parts(entry, COUNT) for entry in x]), state.queue
+  )
+  chex.assert_trees_all_close(rings, on_devices.queue, **CLOSE)
+  chex.assert_trees_all_equal(state.slot, on_devices.slot)
 
 
 def test_the_groups_decide_the_result():
@@ -81,14 +89,14 @@ def test_micro_batches_on_devices_are_as_many_groups():
   both, _, _ = run(
     conadv.data_parallel(conadv.accumulate(loss, 4), make_mesh(2)),
     branched=False,
+    parts=2,
   )
   one, _, _ = run(conadv.accumulate(loss, 8), branched=False)
   chex.assert_trees_all_close(both, one, **CLOSE)
 
 
-def gradients_of_groups(groups, size=32):
+def gradients_of_groups(batch, groups):
   params, model_state = init_model()
-  batch = make_batch(0, size=size)
   gradient = jax.jit(jax.grad(lambda *args: loss_fn(*args)[0]))
   parts = [
     jax.tree.map(lambda x, k=k: np.split(np.asarray(x), groups)[k], batch)
@@ -110,14 +118,25 @@ def test_the_second_moment_is_that_of_the_groups(where):
     ),
   }[where]()
   params, model_state = init_model()
+  # Micro-batches of a whole, or of each half, are every so many examples of it.
+  batch = make_batch(0, size=32)
+  dealt = {
+    'micro-batches': in_parts(batch, 8),
+    'devices': batch,
+    'both': jax.tree.map(
+      lambda *halves: jnp.concatenate(halves),
+      *(
+        in_parts(jax.tree.map(lambda x, i=i: x[i : i + 16], batch), 4)
+        for i in (0, 16)
+      ),
+    ),
+  }[where]
   (_, aux), _, _ = jax.jit(grad_fn.value_and_grad)(
-    params,
-    grad_fn.init(params, []),
-    make_batch(0, size=32),
-    model_state=model_state,
+    params, grad_fn.init(params, []), batch, model_state=model_state
   )
   expected = jax.tree.map(
-    lambda *g: np.mean(np.square(np.stack(g)), axis=0), *gradients_of_groups(8)
+    lambda *g: np.mean(np.square(np.stack(g)), axis=0),
+    *gradients_of_groups(dealt, 8),
   )
   chex.assert_trees_all_close(aux.second_moment, expected, **CLOSE)
 
@@ -157,8 +176,8 @@ def test_users_aux_is_averaged_summed_or_put_together():
     {
       'mean': jnp.mean(x),
       'count': jnp.int32(12),
-      # Of four micro-batches, none of the first has a number above 3.
-      'any': jnp.int32(3),
+      # Each of the four micro-batches has a number above 3.
+      'any': jnp.int32(4),
       'rate': jnp.float32(0.1),
       'each': 2 * x,
     },
@@ -191,7 +210,10 @@ def test_each_group_keeps_its_own_part_of_a_state(kind):
     (loss, _), _, state = jax.jit(grad_fn.value_and_grad)(
       jnp.ones([]), state, x
     )
-  expected = 3 * np.arange(8.0).reshape(4, 2).sum(axis=1)
+  shares = np.arange(8.0).reshape(4, 2)
+  if kind == 'micro-batches':
+    shares = np.arange(8.0).reshape(2, 4).T
+  expected = 3 * shares.sum(axis=1)
   np.testing.assert_array_equal(state['sum'].value, expected)
   assert int(state['steps']) == 3
   np.testing.assert_allclose(loss, expected.mean())
@@ -235,7 +257,7 @@ def test_a_batch_that_the_count_does_not_divide_is_an_error(size):
 
 @pytest.mark.parametrize('count', [0, -1])
 def test_a_count_below_one_is_an_error(count):
-  with pytest.raises(ValueError, match='1 or more'):
+  with pytest.raises(ValueError, match='at least 1'):
     conadv.accumulate(make_grad_fn('conadv'), count)
 
 

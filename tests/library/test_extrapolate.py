@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import init_model, loss_fn, make_batch
+from helpers import in_parts, init_model, loss_fn, make_batch
 from jax.sharding import AxisType
 from optax._src.transform import ScaleByOptimisticGradientState
 from public_names import make_batch as make_regression
@@ -235,7 +235,9 @@ def test_loss_and_statistics_are_those_ahead_and_move_once(direction):
     jax.debug.callback(lambda x: points.append(x), params['head']['bias'])
     return loss_fn(params, model_state, batch)
 
-  grad_fn = conadv.extrapolate(seen, 2.0, direction=direction, has_state=True)
+  grad_fn = conadv.extrapolate(
+    conadv.plain(seen, has_state=True), 2.0, direction=direction
+  )
   key, state = jax.random.key(0), grad_fn.init(params, [])
   for t in range(2):
     (loss, aux), _, state = grad_fn.value_and_grad(
@@ -257,14 +259,13 @@ def make_mesh(devices=8):
   )
 
 
-def run_regression(grad_fn, steps=3, size=16):
+def run_regression(grad_fn, steps=3, size=16, parts=1):
   params = make_params()
   state = jax.jit(grad_fn.init)(params, [])
   step = jax.jit(grad_fn.value_and_grad)
   for t in range(steps):
-    _, grads, state = step(
-      params, state, make_regression(t, size=size), key=jax.random.key(t)
-    )
+    batch = in_parts(make_regression(t, size=size), parts)
+    _, grads, state = step(params, state, batch, key=jax.random.key(t))
     params = optax.tree.add_scale(params, -RATE, grads)
   return params, state
 
@@ -311,7 +312,7 @@ def test_micro_batches_are_devices(direction):
   )
   chex.assert_trees_all_close(
     run_regression(conadv.accumulate(grad_fn, 4)),
-    run_regression(conadv.data_parallel(grad_fn, make_mesh(4))),
+    run_regression(conadv.data_parallel(grad_fn, make_mesh(4)), parts=4),
     **CLOSE,
   )
 
@@ -341,11 +342,6 @@ def test_noise_without_a_key():
   params = make_params()
   with pytest.raises(ValueError, match='noise'):
     grad_fn.value_and_grad(params, grad_fn.init(params, []), make_regression(0))
-
-
-def test_flags_of_a_loss_function_beside_a_gradient_function():
-  with pytest.raises(ValueError, match='has_key=True'):
-    conadv.extrapolate(conadv.plain(plain_loss), 0.1, has_key=True)
 
 
 @pytest.mark.parametrize('direction', ['past', 'current'])

@@ -79,3 +79,13 @@ def naive_attack(norm, shared, batch, *, epsilon, steps=1):
     gradient = np.asarray(input_gradient(norm, shared, batch, jnp.asarray(x)))
     x = np.clip(x + size * np.sign(gradient), clean - epsilon, clean + epsilon)
   return {**batch, 'image': jnp.asarray(x, jnp.float32)}
+
+
+def in_parts(batch, count):
+  """The batch in the order in which `count` devices get the micro-batches."""
+  return jax.tree.map(
+    lambda x: (
+      x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+    ),
+    batch,
+  )

@@ -1,0 +1,71 @@
+"""A batch as arrays, and its first part, on meshes of explicit axes too."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conadv_optax.core.numeric import describe, share_of
+from conadv_optax.core.paths import path_names
+from conadv_optax.core.types import Batch
+
+
+def as_arrays(batch: Batch) -> Batch:
+  """The batch in JAX's arrays; an error where a leaf cannot be one."""
+
+  def convert(path: tuple[Any, ...], x: Any) -> jax.Array:
+    try:
+      return jnp.asarray(x)
+    except TypeError as error:
+      raise TypeError(
+        'Every leaf of a batch is an array of numbers. Leaf '
+        f'{list(path_names(path))} is a {type(x).__name__}, {x!r:.80}. Likely '
+        'a name or a text: keep it out of the batch, `{k: batch[k] for k in '
+        "('image', 'label')}`."
+      ) from error
+
+  return jax.tree_util.tree_map_with_path(convert, batch)
+
+
+def first_part(batch: Batch, fraction: float, size: int) -> Batch:
+  """The first `floor(fraction * size)` of `size` examples, at least one."""
+  if fraction == 1:
+    return batch
+  for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
+    if not value.shape or value.shape[0] != size:
+      raise ValueError(
+        '`adversarial_fraction` below 1 takes the first part of every leaf, so '
+        f'each needs the leading batch axis of {size}. Leaf '
+        f'{list(path_names(path))} is {describe(value)}.'
+      )
+  count = share_of(fraction, size)
+  return jax.tree.map(lambda x: _head(x, count), batch)
+
+
+def replace_first(x: jax.Array, part: jax.Array) -> jax.Array:
+  """`x` with `part` for its first examples."""
+  whole = jax.typeof(x).sharding
+  if whole.spec[0] != jax.typeof(part).sharding.spec[0]:
+    x = _gather(x)
+  x = jax.lax.dynamic_update_slice_in_dim(x, part, 0, axis=0)
+  return jax.sharding.reshard(x, whole) if whole.mesh.explicit_axes else x
+
+
+def _head(x: jax.Array, count: int) -> jax.Array:
+  sharding = jax.typeof(x).sharding
+  axes = sharding.spec[0] or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  # Where its devices cannot share the part evenly, each of them has all of it.
+  if count % math.prod(sharding.mesh.shape[axis] for axis in axes):
+    x = _gather(x)
+  return jax.lax.slice_in_dim(x, 0, count)
+
+
+def _gather(x: jax.Array) -> jax.Array:
+  """`x` whole along its leading axis on all devices."""
+  sharding = jax.typeof(x).sharding
+  spec = P(None, *sharding.spec[1:])
+  return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))

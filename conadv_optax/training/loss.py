@@ -1,0 +1,174 @@
+"""The loss of a branch, and what is asked of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from conadv_optax import dual_bn
+from conadv_optax.core.numeric import at_least_float32, describe
+from conadv_optax.core.paths import path_names
+from conadv_optax.core.types import Batch, LossFn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+  """A user's loss function, what it takes, returns, and is a mean of."""
+
+  function: LossFn
+  has_state: bool = False
+  has_aux: bool = False
+  has_key: bool = False
+  denominator: Callable[[Batch], ArrayLike] | None = None
+
+  def __call__(
+    self, branch: str, params: Any, model_state: Any, batch: Batch, key: Any
+  ) -> tuple[jax.Array, tuple[Any, Any]]:
+    """`loss, (model_state, aux)` of one branch, the loss at least float32."""
+    state = dual_bn.select(model_state, branch)
+    output = self.function(
+      dual_bn.select(params, branch),
+      *([state] if self.has_state else []),
+      batch,
+      **({'key': key} if self.has_key else {}),
+    )
+    return self._unpack(output, state)
+
+  def divisor(self, batch: Batch) -> jax.Array:
+    """What the loss of `batch` was divided by, float32."""
+    assert self.denominator is not None
+    value = jnp.asarray(self.denominator(batch))
+    if value.shape or jnp.iscomplexobj(value):
+      raise TypeError(
+        '`denominator(batch)` is the scalar that the loss of the batch was '
+        f'divided by. It returned {describe(value)}. Likely a sum is missing: '
+        "`denominator=lambda batch: batch['mask'].sum()`."
+      )
+    return value.astype(jnp.float32)
+
+  def check(
+    self, params: Any, model_state: Any, key: Any, *, draws: bool = False
+  ) -> None:
+    """What a call passes is what the loss takes."""
+    for tree in (params, model_state):
+      _check_no_module(tree)
+    _check_model_state(params, model_state, self.has_state)
+    check_key(draws or self.has_key, key)
+
+  def _unpack(
+    self, output: Any, model_state: Any
+  ) -> tuple[jax.Array, tuple[Any, Any]]:
+    has_state, has_aux = self.has_state, self.has_aux
+    length = f' of {len(output)}' if isinstance(output, tuple | list) else ''
+    form = {
+      (False, False): 'loss',
+      (True, False): '(loss, model_state)',
+      (False, True): '(loss, aux)',
+      (True, True): '(loss, (model_state, aux))',
+    }[has_state, has_aux]
+    parts = [output]
+    for _ in range(has_state + has_aux):
+      if not isinstance(parts[-1], tuple | list) or len(parts[-1]) != 2:
+        break
+      parts[-1:] = parts[-1]
+    loss = parts[0]
+    if len(parts) != 1 + has_state + has_aux or isinstance(loss, tuple | list):
+      raise TypeError(
+        f'With has_state={has_state}, has_aux={has_aux}, `loss_fn` must return '
+        f'`{form}`. It returned a {type(output).__name__}{length}. If a second '
+        'part is the model state, say `has_state=True`; if it is anything '
+        'else, `has_aux=True`.'
+      )
+    loss = jnp.asarray(loss)
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+      raise TypeError(
+        '`loss_fn` must return a floating scalar, the mean over the batch. It '
+        f'returned {describe(loss)}. Likely the mean is missing: '
+        '`return jnp.mean(losses)`.'
+      )
+    new_state = parts[1] if has_state else None
+    if has_state:
+      _check_same_state(new_state, model_state)
+    aux = parts[-1] if has_aux else None
+    return at_least_float32(loss), (new_state, aux)
+
+
+def split_key(key: jax.Array | None, num: int) -> Any:
+  """`num` keys, or as many times None."""
+  return (None,) * num if key is None else jax.random.split(key, num)
+
+
+def check_key(draws: bool, key: jax.Array | None) -> None:
+  """A key wherever something draws."""
+  if draws and key is None:
+    raise ValueError(
+      'Random numbers are drawn here (a random start, targets, noise, or '
+      '`has_key=True`), which needs `key=`. Given none. Add to this call '
+      '`key=jax.random.fold_in(key, step)`, or another fresh key each step.'
+    )
+
+
+def _check_no_module(tree: Any) -> None:
+  kinds = [f'{kind.__module__}.{kind.__name__}' for kind in type(tree).__mro__]
+  if any(kind.startswith('flax.nnx') and 'Module' in kind for kind in kinds):
+    raise TypeError(
+      'The parameters and the model state are trees of arrays. Given an NNX '
+      f'module, {type(tree).__name__}. Split it: `graphdef, params, '
+      'model_state = nnx.split(model, nnx.Param, nnx.BatchStat)`, and merge in '
+      '`loss_fn`: `nnx.merge(graphdef, params, model_state, copy=True)`.'
+    )
+
+
+def _check_model_state(params: Any, model_state: Any, has_state: bool) -> None:
+  """A model state exactly where `loss_fn` takes one, branched like `params`."""
+  if has_state and model_state is None:
+    raise ValueError(
+      '`has_state=True` says that `loss_fn` takes a model state. Given none. '
+      'Add to this call `model_state=model_state`.'
+    )
+  if not has_state and model_state is not None:
+    raise ValueError(
+      '`model_state` was passed, but `has_state=False` says that `loss_fn` '
+      'takes none. Write `conadv.wrap(loss_fn, has_state=True, ...)`.'
+    )
+  if (
+    has_state
+    and isinstance(params, dual_bn.Branched)
+    and not isinstance(model_state, dual_bn.Branched)
+    and jax.tree.leaves(model_state)
+  ):
+    raise ValueError(
+      'The parameters are `Branched` and the model state is not: the branches '
+      'would share statistics that their own scales do not fit. Likely one '
+      'result of the split was dropped: `params, model_state = '
+      'conadv.dual_bn.split(params, model_state)`. For shared statistics, '
+      'leave both as they were.'
+    )
+
+
+def _check_same_state(new: Any, old: Any) -> None:
+  spelled_new, spelled_old = (
+    {
+      path_names(path): describe(jnp.asarray(value))
+      for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    for tree in (new, old)
+  )
+  given: Any = jax.tree.structure(new)
+  wanted: Any = jax.tree.structure(old)
+  if spelled_new != spelled_old or given != wanted:
+    different = sorted(
+      set(spelled_new.items()) ^ set(spelled_old.items()), key=str
+    )
+    raise TypeError(
+      'The model state that `loss_fn` returns must have the structure, shapes '
+      'and dtypes of the one that it takes. They differ in '
+      f'{different[:3] or (given, wanted)}. '
+      "Likely a collection is wrapped: return `updates['batch_stats']` if "
+      "`variables['batch_stats']` was passed. Or metrics are returned too: "
+      'say `has_aux=True`, and return `(loss, (model_state, metrics))`. A '
+      '`FrozenDict` went in: pass `flax.core.unfreeze(batch_stats)`.'
+    )

@@ -1,0 +1,75 @@
+"""A step without an attack pass: the training pass's own input gradient."""
+
+from typing import Any
+
+from conadv_optax.core.numeric import at_least_float32
+from conadv_optax.core.types import Attack, Batch, Denominators, Queue, pytree
+from conadv_optax.training.steps import Step, check_crafted
+
+
+@pytree('attack', 'weights')
+class ReusedStep(Step):
+  """Trains on the newest clean batch and on the copy that has waited.
+
+  The gradient of the clean pass in its inputs makes the next copy.
+  """
+
+  def enter(
+    self, params: Any, model_state: Any, batch: Batch, key: Any
+  ) -> Queue:
+    """The entry of one of the first batches."""
+    crafted = self.craft(params, model_state, batch, key)
+    return Queue(self.leaf.set(self.part(batch), crafted), None)
+
+  def like(self, newest: Batch) -> Batch:
+    """The batch of the entry of `newest`, in its shapes and dtypes."""
+    # `inputs` may convert: the entry is as `get` returns it.
+    part = self.part(newest)
+    return self.leaf.set(part, self.leaf.get(part))
+
+  def run(
+    self,
+    params: Any,
+    model_state: Any,
+    oldest: Any,
+    newest: Batch,
+    key: Any,
+    denominators: Denominators | None,
+  ) -> tuple[tuple[Any, Any], Queue]:
+    """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
+    output, gradient = self.train(
+      params,
+      model_state,
+      newest,
+      oldest.batch,
+      self.keys(key)[1],
+      inputs=at_least_float32(self.leaf.get(newest)),
+      denominators=denominators,
+    )
+    assert self.attack.reuse is not None  # `check_reuse` has seen to it.
+    part = self.part(newest)
+    clean = self.leaf.get(part)
+    crafted = self.attack.reuse(gradient[: clean.shape[0]], clean)
+    return output, Queue(
+      self.leaf.set(part, check_crafted(crafted, clean)), None
+    )
+
+  def denominators(self, oldest: Any, newest: Batch) -> Denominators:
+    """What the losses of a step are divided by."""
+    return self.divisors(newest, oldest.batch)
+
+
+def check_reuse(attack: Attack, staleness: int) -> None:
+  """One gradient is enough for the attack, and it is a step old."""
+  if staleness == 0:
+    raise ValueError(
+      '`reuse_gradient=True` makes the adversarial copy from the gradient of '
+      'a training pass, so it can be trained on one step later at the '
+      'earliest. Given staleness=0. Write `staleness=1`.'
+    )
+  if attack.reuse is None:
+    raise ValueError(
+      '`reuse_gradient=True` has one gradient, at the clean inputs: it needs '
+      'an attack of one step, without random start and without targets. '
+      'Write `attack=conadv.fgsm(epsilon)`, or `reuse_gradient=False`.'
+    )
