@@ -372,14 +372,18 @@ ROWS = {
   'optax.contrib.sam': Row(sam),
   'sam': Row(
     of(
-      lambda loss_fn, _: conadv.sam(loss_fn, 0.05, has_state=True),
+      lambda loss_fn, _: conadv.sam(
+        conadv.plain(loss_fn, has_state=True), 0.05
+      ),
       branched=False,
     ),
     'optax.contrib.sam',
   ),
   'extrapolate': Row(
     of(
-      lambda loss_fn, _: conadv.extrapolate(loss_fn, 0.01, has_state=True),
+      lambda loss_fn, _: conadv.extrapolate(
+        conadv.plain(loss_fn, has_state=True), 0.01
+      ),
       branched=False,
     )
   ),
