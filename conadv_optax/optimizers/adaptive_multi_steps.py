@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import at_least_float32, concrete, describe
+from conadv_optax.core.numeric import (
+  at_least_float32,
+  check_no_schedule,
+  concrete,
+  describe,
+  is_inexact,
+  weighted,
+)
 
 
 class AdaptiveMultiStepsState(NamedTuple):
@@ -55,8 +62,10 @@ def adaptive_multi_steps(
     arguments go to the optimizer at the steps.
 
   Raises:
-    ValueError: in `update`, for `micro_batches` that is no integer scalar, or
-      is below 1. (Where it is traced, less than 1 is taken for 1.)
+    TypeError: in `update`, for `micro_batches` that is no integer, a schedule
+      say, or a `learning_rate_scale` that is a function.
+    ValueError: in `update`, for `micro_batches` that is no scalar, or below 1.
+      (Where it is traced, less than 1 is taken for 1.)
 
   Examples:
     >>> import chex, jax.numpy as jnp, optax
@@ -98,43 +107,39 @@ def adaptive_multi_steps(
     learning_rate_scale: ArrayLike = 1.0,
     **extra_args: Any,
   ) -> tuple[optax.Updates, AdaptiveMultiStepsState]:
+    check_no_schedule('learning_rate_scale', learning_rate_scale)
     _check_micro_batches(micro_batches)
-    begins = state.index == 0
-    count = jnp.where(
-      begins,
+    given = (
       jnp.maximum(jnp.asarray(micro_batches, jnp.int32), 1),
-      state.micro_batches,
-    )
-    scale = jnp.where(
-      begins,
       jnp.asarray(learning_rate_scale, jnp.float32),
-      state.learning_rate_scale,
     )
+    under_way = state.micro_batches, state.learning_rate_scale
+    count, scale = optax.tree.where(state.index == 0, given, under_way)
     total = jax.tree.map(
-      lambda s, g: s + at_least_float32(g), state.gradients, updates
+      lambda s, g: s + g.astype(s.dtype), state.gradients, updates
     )
-
-    def scale_update(u: jax.Array) -> jax.Array:
-      wide = at_least_float32(u)
-      return (scale.astype(wide.dtype) * wide).astype(u.dtype)
 
     def step() -> tuple[optax.Updates, Any, Any, jax.Array]:
       mean = jax.tree.map(
-        lambda s, g: (s / count.astype(s.dtype)).astype(g.dtype),
-        total,
-        updates,
+        lambda s, g: (s / count.astype(s.dtype)).astype(g.dtype), total, updates
       )
       steps, inner_state = inner.update(mean, state.inner, params, **extra_args)
-      scaled = jax.tree.map(scale_update, steps)
-      zeros = jax.tree.map(jnp.zeros_like, total)
+      scaled = jax.tree.map(
+        lambda u: weighted(scale, at_least_float32(u)).astype(u.dtype), steps
+      )
+      # In the dtypes that `init` chose, from the parameters alone.
+      inner_state = jax.tree.map(
+        lambda new, old: new.astype(old.dtype) if is_inexact(new) else new,
+        inner_state,
+        state.inner,
+      )
+      zeros = optax.tree.zeros_like(total)
       return scaled, inner_state, zeros, jnp.zeros_like(state.index)
 
     def wait() -> tuple[optax.Updates, Any, Any, jax.Array]:
       # In the optimizer's dtypes: bfloat16 may go in and float32 come out.
-      zeros = jax.tree.map(
-        lambda g, u: jnp.zeros_like(g, u.dtype),
-        updates,
-        jax.eval_shape(step)[0],
+      zeros = optax.tree.cast_like(
+        optax.tree.zeros_like(updates), jax.eval_shape(step)[0]
       )
       return zeros, state.inner, total, state.index + 1
 
@@ -149,15 +154,13 @@ def adaptive_multi_steps(
 
 
 def _check_micro_batches(micro_batches: ArrayLike) -> None:
+  check_no_schedule('micro_batches', micro_batches)
   number = concrete(micro_batches)
   array: Any = micro_batches if number is None else number
-  if (
-    array.ndim
-    or not jnp.issubdtype(array.dtype, jnp.integer)
-    or (number is not None and number < 1)
-  ):
+  is_integer = jnp.issubdtype(array.dtype, jnp.integer)
+  if array.ndim or not is_integer or (number is not None and number < 1):
     given = '' if number is None else f'micro_batches={number.tolist()} of '
-    raise ValueError(
+    raise (ValueError if is_integer else TypeError)(
       '`micro_batches` is how many gradients make a step, an integer scalar of '
       f"at least 1. Given {given}{describe(array)}. Pass the controller's: "
       '`micro_batches=state.micro_batches`. Where it comes from a division, '

@@ -13,6 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.numeric import (
+  abs_sq,
   at_least_float32,
   check_not_negative,
   concrete,
@@ -30,7 +31,7 @@ def scale_by_gsnr(
 
   .. math::
 
-    r = \frac{g^2}{\frac1K \sum_k g_k^2 - g^2}, \qquad
+    r = \frac{|g|^2}{\frac1K \sum_k |g_k|^2 - |g|^2}, \qquad
     g \leftarrow g \cdot \mathrm{clip}\left(
       \frac{r}{\overline{r}},\ r_{\min},\ r_{\max} \right)
 
@@ -54,13 +55,14 @@ def scale_by_gsnr(
 
   Returns:
     A gradient transformation without state. `update` needs `second_moment=`,
-    the mean over groups of their squared gradients, float32 and of the
+    the mean over groups of their squared gradients, real, float32 and of the
     structure of the gradients. `optax.chain` passes it on;
     `optax.masked` wants `mask_compatible_extra_args=True`. The result has the
     dtype of the gradients. `optax.MultiSteps` passes the last second moment
     alone: use `accumulate`.
 
   Raises:
+    TypeError: for a function, a schedule say, in place of a ratio.
     ValueError: for a negative ratio, `min_ratio` above `max_ratio`, or an
       `update` without the second moment of these gradients.
 
@@ -118,19 +120,20 @@ def scale_by_gsnr(
 
     def leaf(gradient: jax.Array, moment: jax.Array) -> jax.Array:
       g = at_least_float32(gradient)
-      signal, moment = jnp.square(g), moment.astype(g.dtype)
+      signal = abs_sq(g)
+      moment = moment.astype(signal.dtype)
       noise = moment - signal
-      # Both terms are rounded, the second in the dtype of the gradient.
-      agree = noise <= 4 * float(jnp.finfo(gradient.dtype).eps) * moment
+      # Both terms are rounded, the second in the dtype of the gradient, whose
+      # numbers are no denser below its smallest normal one.
+      info = jnp.finfo(gradient.dtype)
+      size = jnp.maximum(moment, float(info.tiny) ** 2)
+      agree = noise <= 4 * float(info.eps) * size
       r = jnp.where(agree, 0.0, signal / jnp.where(agree, 1.0, noise))
-      mean = jnp.sum(r) / jnp.maximum(jnp.sum(~agree, dtype=g.dtype), 1.0)
-      r = jnp.clip(
-        r / jnp.where(mean > 0, mean, 1.0),
-        jnp.asarray(min_ratio, g.dtype),
-        jnp.asarray(max_ratio, g.dtype),
-      )
-      r = jnp.where(agree, jnp.asarray(max_ratio, g.dtype), r)
-      return (r * g).astype(gradient.dtype)
+      mean = jnp.sum(r) / jnp.maximum(jnp.sum(~agree, dtype=r.dtype), 1.0)
+      least, most = (jnp.asarray(x, r.dtype) for x in (min_ratio, max_ratio))
+      r = jnp.clip(r / jnp.where(mean > 0, mean, 1.0), least, most)
+      r = jnp.where(agree, most, r)
+      return (r.astype(g.dtype) * g).astype(gradient.dtype)
 
     return jax.tree.map(leaf, updates, second_moment), state
 

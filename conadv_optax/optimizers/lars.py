@@ -5,6 +5,7 @@ References:
   <https://arxiv.org/abs/1708.03888>`_, 2017
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import at_least_float32, check_not_negative
+from conadv_optax.core.numeric import (
+  abs_sq,
+  at_least_float32,
+  check_no_schedule,
+  check_not_negative,
+)
 from conadv_optax.optimizers.masks import (
   TAKEN_FOR_A_SCHEDULE,
   exclude_norm_and_bias,
@@ -36,7 +42,7 @@ class LarsState(NamedTuple):
 def lars(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  weight_decay: ArrayLike,
+  weight_decay: optax.ScalarOrSchedule,
   momentum: ArrayLike = 0.9,
   trust_coefficient: ArrayLike = 1e-3,
   eps: ArrayLike = 0.0,
@@ -68,9 +74,14 @@ def lars(
   form of MLPerf and of ConAdv; 'joint' and 'scaled', with nothing excluded,
   is `optax.lars`. The two momenta differ while the learning rate changes.
 
+  Parameters may be complex. As in Optax, the gradient is taken as it is given:
+  conjugate what `jax.grad` returns, the conjugate of the direction of ascent.
+
   Args:
     learning_rate: a float, a scalar array or a schedule.
-    weight_decay: coefficient :math:`\lambda`.
+    weight_decay: coefficient :math:`\lambda`, a float, a scalar array or a
+      schedule. The coefficients after it may be traced, but are no schedules:
+      for these, take `optax.inject_hyperparams`.
     momentum: coefficient :math:`m`.
     trust_coefficient: coefficient :math:`c`.
     eps: added to the denominator of the ratio.
@@ -88,8 +99,10 @@ def lars(
     dtype of the gradients. State and updates keep every shape and dtype.
 
   Raises:
-    ValueError: for an unknown form, a negative decay, a mask that is False
-      itself or not made of bools, or an `update` without `params`.
+    TypeError: for a function in place of a coefficient; in `update`, for a mask
+      that is not made of bools.
+    ValueError: for an unknown form or a negative decay; in `update`, for a mask
+      that is False itself, or no `params`.
 
   Examples:
     >>> import chex, jax.numpy as jnp, optax
@@ -107,46 +120,34 @@ def lars(
     You et al., `Large Batch Training of Convolutional Networks
     <https://arxiv.org/abs/1708.03888>`_, 2017
   """
-  if trust_ratio not in ('separate', 'joint'):
-    raise ValueError(
-      "`trust_ratio` must be 'separate' or 'joint'. Given "
-      f'trust_ratio={trust_ratio!r}.'
-    )
-  if momentum_over not in ('scaled', 'raw'):
-    raise ValueError(
-      "`momentum_over` must be 'scaled' or 'raw'. Given "
-      f'momentum_over={momentum_over!r}.'
-    )
-  check_not_negative('weight_decay', weight_decay)
-  if isinstance(mask, bool | np.bool_) and not mask:
-    raise ValueError(
-      '`mask` is True where LARS applies: a function of the parameters, a tree '
-      'of bools, or True for all. Given mask=False, which leaves plain '
-      f'momentum everywhere. {TAKEN_FOR_A_SCHEDULE} If it is meant, write '
-      '`mask=jax.tree.map(lambda _: False, params)`.'
-    )
+  for name, form, forms in (
+    ('trust_ratio', trust_ratio, ('separate', 'joint')),
+    ('momentum_over', momentum_over, ('scaled', 'raw')),
+  ):
+    if form not in forms:
+      raise ValueError(
+        f'`{name}` must be {forms[0]!r} or {forms[1]!r}. Given {name}={form!r}.'
+      )
+  if not callable(weight_decay):
+    check_not_negative('weight_decay', weight_decay)
+  for name, coefficient in (
+    ('momentum', momentum),
+    ('trust_coefficient', trust_coefficient),
+    ('eps', eps),
+    ('max_trust_ratio', max_trust_ratio),
+  ):
+    check_no_schedule(name, coefficient)
 
-  def ratio(w: jax.Array, g: jax.Array, d: jax.Array) -> jax.Array:
-    w_norm = _norm(w)
-    if trust_ratio == 'separate':
-      g_norm = _norm(g)
-      denominator = g_norm + _scalar(weight_decay, w) * w_norm
-    else:
-      g_norm = denominator = _norm(d)
-    defined = (w_norm > 0) & (g_norm > 0)
-    denominator = denominator + _scalar(eps, w)
-    r = jnp.where(
-      defined,
-      _scalar(trust_coefficient, w)
-      * w_norm
-      / jnp.where(defined, denominator, 1.0),
-      1.0,
-    )
-    return (
-      r
-      if max_trust_ratio is None
-      else jnp.minimum(r, _scalar(max_trust_ratio, w))
-    )
+  def ratio(w: jax.Array, x: jax.Array, decay: ArrayLike) -> jax.Array:
+    w_norm, x_norm = _norm(w), _norm(x)
+    number = functools.partial(jnp.asarray, dtype=w_norm.dtype)
+    defined = (w_norm > 0) & (x_norm > 0)
+    below = x_norm + number(decay) * w_norm + number(eps)
+    above = number(trust_coefficient) * w_norm
+    r = jnp.where(defined, above / jnp.where(defined, below, 1.0), 1.0)
+    if max_trust_ratio is not None:
+      r = jnp.minimum(r, number(max_trust_ratio))
+    return r.astype(w.dtype)
 
   def init_fn(params: optax.Params) -> LarsState:
     return LarsState(
@@ -167,22 +168,23 @@ def lars(
         'them. Likely `tx.update(grads, opt_state)`; say '
         '`tx.update(grads, opt_state, params)`.'
       )
-    rate = (
-      learning_rate(state.count) if callable(learning_rate) else learning_rate
+    rate, decay = (
+      value(state.count) if callable(value) else value
+      for value in (learning_rate, weight_decay)
     )
 
     def leaf(
       is_weight: bool, g: jax.Array, v: jax.Array, w: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
       dtypes = g.dtype, v.dtype
-      g, v, w = at_least_float32(g), at_least_float32(v), at_least_float32(w)
-      lr, m = _scalar(rate, w), _scalar(momentum, w)
+      g, v, w = (at_least_float32(x) for x in (g, v, w))
+      lr, wd, m = (jnp.asarray(x, w.dtype) for x in (rate, decay, momentum))
       inside, outside = (lr, 1.0) if momentum_over == 'scaled' else (1.0, lr)
+      d = inside * g
       if is_weight:
-        d = g + _scalar(weight_decay, w) * w
-        d = inside * ratio(w, g, d) * d
-      else:
-        d = inside * g
+        d = g + wd * w
+        r = ratio(w, g, decay) if trust_ratio == 'separate' else ratio(w, d, 0)
+        d = inside * r * d
       v = m * v + d
       step = m * v + d if nesterov else v
       return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])
@@ -203,28 +205,33 @@ def lars(
 
 
 def _norm(x: jax.Array) -> jax.Array:
-  square = jnp.sum(jnp.square(x))
+  square = jnp.sum(abs_sq(x))
   # The root's derivative at 0 is infinite, and makes a NaN even if not used.
   is_zero = square == 0
   return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
-def _scalar(value: Any, like: jax.Array) -> jax.Array:
-  return jnp.asarray(value, like.dtype)
-
-
 def _resolve(mask: Any, params: optax.Params) -> Any:
   """The mask as a full tree of bools."""
+  if isinstance(mask, bool | np.bool_) and not mask:
+    raise ValueError(
+      '`mask` is True where LARS applies: a function of the parameters, a tree '
+      'of bools, or True for all. Given mask=False, which leaves plain '
+      f'momentum everywhere. {TAKEN_FOR_A_SCHEDULE} If it is meant, write '
+      '`mask=jax.tree.map(lambda _: False, params)`.'
+    )
   if mask is None:
     mask = exclude_norm_and_bias
-  tree = mask(params) if callable(mask) else mask
+  # A module can be called, and is a tree all the same.
+  is_function = callable(mask) and jax.tree_util.all_leaves([mask])
+  tree = mask(params) if is_function else mask
   wrong = [
     leaf
     for leaf in jax.tree.leaves(tree)
     if not isinstance(leaf, bool | np.bool_)
   ]
   if wrong:
-    raise ValueError(
+    raise TypeError(
       '`mask` must be made of bools, True where LARS applies. Given a '
       f'leaf of type {type(wrong[0]).__name__}. {TAKEN_FOR_A_SCHEDULE}'
     )

@@ -1,5 +1,6 @@
 """Which parameters an optimizer treats as weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from conadv_optax import dual_bn
-from conadv_optax.core.norm_layers import is_norm_parameter
+from conadv_optax.core.norm_layers import _module_path, is_norm_parameter
 from conadv_optax.core.numeric import describe
+from conadv_optax.core.paths import path_names
 
 TAKEN_FOR_A_SCHEDULE = (
   'Likely under `optax.inject_hyperparams`, which takes a function for a '
@@ -17,28 +19,40 @@ TAKEN_FOR_A_SCHEDULE = (
 )
 
 
-def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
+# The last names of biases and norm parameters, in Flax and in Haiku.
+_NOT_WEIGHTS = {'bias', 'scale', 'b', 'offset'}
+
+
+def exclude_norm_and_bias(
+  params: Any,
+  *,
+  model_state: Any = None,
+  is_norm_or_bias: Callable[[tuple[Any, ...], Any], bool] | None = None,
+) -> Any:
   """True for the weights, False for biases and the parameters of norm layers.
 
   A norm layer's parameters are known by structure where there is one to read:
   the leaves that `dual_bn.split` gave to another branch, and those that have
-  an entry in `model_state`. Every other leaf goes by its rank: 0 and 1 are
-  excluded, as biases and norm parameters are in Flax. Haiku's BatchNorm keeps
-  parameters of rank 4; unless they are split, say where the state is:
-  `mask=functools.partial(exclude_norm_and_bias, model_state=state)`. Say it
-  too where `optax.masked` or `optax.multi_transform` takes a branch out as a
-  whole, because then it shows nothing.
+  an entry in `model_state`. Every other leaf goes by rank and name: excluded
+  are the ranks 0 and 1, and at any rank, as in attention or under a scan over
+  layers, what Flax or Haiku call 'bias', 'scale', 'b' or 'offset'. For other
+  names say where the state is, `mask=functools.partial(exclude_norm_and_bias,
+  model_state=state)`, also where `optax.masked` or `optax.multi_transform`
+  takes a branch out as a whole, because then it shows nothing. A weight with
+  such a name, the b of a LoRA say, needs `is_norm_or_bias`.
 
   Args:
     params: parameters, `Branched` or not, arrays of any shape.
     model_state: the statistics of the model, `Branched` or not.
+    is_norm_or_bias: `is_norm_or_bias(path, leaf)` decides alone which leaves
+      are excluded; `path` is the tuple of keys of the leaf, in its branch.
 
   Returns:
     A tree of the structure of `params` with Python bools for leaves, the mask
     of `conadv.lars` and of `optax.masked`.
 
   Raises:
-    ValueError: for a step count in place of parameters.
+    TypeError: for a step count in place of parameters.
 
   Examples:
     >>> import chex, jax.numpy as jnp
@@ -55,19 +69,28 @@ def exclude_norm_and_bias(params: Any, *, model_state: Any = None) -> Any:
   if getattr(params, 'shape', None) == () and jnp.issubdtype(
     params.dtype, jnp.integer
   ):
-    raise ValueError(
+    raise TypeError(
       'A mask is a function of the parameters. Given a single integer, '
       f'{describe(params)}. {TAKEN_FOR_A_SCHEDULE}'
     )
-  state = dual_bn.main(model_state)
-  norm = is_norm_parameter(dual_bn.main(params), state)
-  mask = jax.tree.map(
-    lambda leaf, is_norm: len(leaf.shape) > 1 and not is_norm,
-    dual_bn.main(params),
-    norm,
-  )
+  main = dual_bn.main(params)
+  norm = is_norm_parameter(main, dual_bn.main(model_state))
+
+  def is_weight(path: Any, leaf: Any, is_norm: bool = False) -> bool:
+    if is_norm_or_bias is not None:
+      return not is_norm_or_bias(path_names(path), leaf)
+    has_other_name = _NOT_WEIGHTS.isdisjoint(_module_path(path)[-1:])
+    return has_other_name and len(leaf.shape) > 1 and not is_norm
+
+  mask = jax.tree_util.tree_map_with_path(is_weight, main, norm)
   if not isinstance(params, dual_bn.Branched):
     return mask
+  if is_norm_or_bias is not None:
+    branches = {
+      name: jax.tree_util.tree_map_with_path(is_weight, branch)
+      for name, branch in params.branches.items()
+    }
+    return dual_bn.Branched(mask, branches)
   for branch in params.branches.values():
     # One that is masked out as a whole shows nothing.
     if jax.tree.leaves(branch, is_leaf=lambda x: x is None):

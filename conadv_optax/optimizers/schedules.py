@@ -3,16 +3,20 @@
 import math
 from typing import Literal
 
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+
+from conadv_optax.core.numeric import check_not_negative, concrete
 
 
 def polynomial_warmup(
-  peak: float,
+  peak: ArrayLike,
   warmup_steps: int,
   total_steps: int,
   *,
   power: float = 2.0,
-  end: float = 1e-4,
+  end: ArrayLike | None = None,
 ) -> optax.Schedule:
   r"""Linear warm-up from 0, then polynomial decay.
 
@@ -22,20 +26,23 @@ def polynomial_warmup(
     \eta_t = (peak - end)\left(1 - \frac{t - W}{T - W}\right)^{power} + end
     \quad (W \le t \le T)
 
-  and `end` after that.
+  and `end` after that, so that the rate never rises after the warm-up.
 
   Args:
     peak: the largest rate, reached at step `warmup_steps`.
     warmup_steps: length :math:`W` of the warm-up in steps, 0 for none.
     total_steps: length :math:`T` of the run in steps, warm-up included.
     power: exponent of the decay.
-    end: the last rate.
+    end: the last rate, not above the peak. None: 1e-4, or a tenth of the peak
+      where that is lower.
 
   Returns:
     A schedule: a function from the step, an int scalar, to the rate.
 
   Raises:
-    ValueError: unless `0 <= warmup_steps < total_steps`.
+    TypeError: for a function in place of `peak` or `end`.
+    ValueError: unless `0 <= warmup_steps < total_steps` and `0 <= end <= peak`,
+      where these two can be seen: they may be traced.
 
   Examples:
     >>> import chex
@@ -55,13 +62,27 @@ def polynomial_warmup(
       f'total_steps. Given warmup_steps={warmup_steps}, '
       f'total_steps={total_steps}. Both are in steps, not in epochs.'
     )
-  decay = optax.polynomial_schedule(
-    peak, end, power, total_steps - warmup_steps
+  check_not_negative('peak', peak)
+  if end is None:
+    end = jnp.minimum(1e-4, 0.1 * peak)
+  check_not_negative('end', end)
+  first, last = concrete(peak), concrete(end)
+  if first is not None and last is not None and first < last:
+    raise ValueError(
+      'The rate must not rise after the warm-up: `end` is at most the peak. '
+      f'Given end={last}, and a peak of {first}. Leave `end` out, and it is a '
+      'tenth of a peak as low.'
+    )
+  steps = total_steps - warmup_steps
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, peak, warmup_steps),
+      optax.polynomial_schedule(peak, end, power, steps),
+      # At its last step a root of the one before may be taken of -1e-8.
+      optax.constant_schedule(end),
+    ],
+    [warmup_steps, total_steps],
   )
-  if warmup_steps == 0:
-    return decay
-  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-  return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def legw(
@@ -73,7 +94,7 @@ def legw(
   num_examples: int,
   epochs: float,
   power: float = 2.0,
-  end: float = 1e-4,
+  end: ArrayLike | None = None,
 ) -> optax.Schedule:
   r"""Linear-epoch gradual warm-up: a schedule tuned at one batch, at another.
 
@@ -95,14 +116,14 @@ def legw(
     num_examples: training examples in an epoch.
     epochs: length of the run in epochs.
     power: exponent of the decay.
-    end: the last rate.
+    end: the last rate, as in `polynomial_warmup`.
 
   Returns:
     A schedule: a function from the step, an int scalar, to the rate.
 
   Raises:
-    ValueError: for a batch that is not positive, or a warm-up that would not
-      end before the run does.
+    ValueError: for a batch that is not positive, a warm-up that would not end
+      before the run does, or an `end` above the peak.
 
   Examples:
     >>> import chex

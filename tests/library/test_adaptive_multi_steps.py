@@ -140,6 +140,76 @@ def test_bfloat16_gradients_may_give_float32_updates(tx):
     chex.assert_trees_all_close(updates, wanted, rtol=1e-6)
 
 
+# Optax mixes dtypes, and divides a gradient by an integer count.
+@jax.numpy_dtype_promotion('standard')
+@pytest.mark.parametrize(
+  'tx',
+  [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.adafactor(0.1)],
+  ids=['adam', 'momentum', 'adafactor'],
+)
+def test_bfloat16_parameters_may_have_float32_gradients(tx):
+  params = jnp.array([1.0, -2.0], jnp.bfloat16)
+  ours = conadv.adaptive_multi_steps(tx)
+  theirs = optax.MultiSteps(tx, every_k_schedule=2)
+  state, expected = ours.init(params), theirs.init(params)
+  step = jax.jit(lambda *a: ours.update(*a, micro_batches=2))
+  for t in range(4):
+    before, gradient = state, jnp.array([t, 2.0 - t])
+    updates, state = step(gradient, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+    wanted, expected = theirs.update(gradient, expected, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, wanted)
+    chex.assert_trees_all_close(updates, wanted, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.inner, expected.inner_opt_state)
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    optax.sgd(0.1, momentum=0.9),
+    conadv.lars(0.1, weight_decay=1e-2, mask=True),
+    optax.adam(0.1),
+  ],
+  ids=['momentum', 'lars', 'adam'],
+)
+@jax.numpy_dtype_promotion('standard')
+def test_parameters_may_be_complex(tx):
+  params = {'w': jnp.array([1 + 2j, -1j]), 'b': jnp.float32(3.0)}
+  ours = conadv.adaptive_multi_steps(tx)
+  state, expected = ours.init(params), tx.init(params)
+  for t in range(6):
+    grads = jax.tree.map(lambda w, t=t: (t + 1) * w, params)
+    before = state
+    updates, state = ours.update(
+      grads, state, params, micro_batches=3, learning_rate_scale=0.5
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+    wanted = jax.tree.map(jnp.zeros_like, params)
+    if t % 3 == 2:
+      # The mean of three in a row is that in the middle.
+      mean = jax.tree.map(lambda w, t=t: t * w, params)
+      wanted, expected = tx.update(mean, expected, params)
+    wanted = jax.tree.map(lambda u: 0.5 * u, wanted)
+    chex.assert_trees_all_close(updates, wanted, rtol=1e-5)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+
+
+def test_a_key_in_the_state_of_the_optimizer_is_left_as_it_is():
+  tx = optax.chain(
+    optax.GradientTransformation(
+      lambda params: jax.random.key(0),
+      lambda g, key, params=None: (g, jax.random.fold_in(key, 1)),
+    ),
+    optax.sgd(0.1),
+  )
+  ours = conadv.adaptive_multi_steps(tx)
+  _, state = ours.update(make_grads(0), ours.init(PARAMS), PARAMS)
+  chex.assert_trees_all_equal(
+    jax.random.key_data(state.inner[0]),
+    jax.random.key_data(jax.random.fold_in(jax.random.key(0), 1)),
+  )
+
+
 def test_other_arguments_go_to_the_optimizer():
   def update_fn(updates, state, params=None, *, factor, **extra_args):
     del params, extra_args
@@ -177,25 +247,32 @@ def test_state_is_donated_and_nothing_is_compiled_twice():
 
 
 @pytest.mark.parametrize(
-  ('count', 'given'),
+  ('count', 'given', 'kind'),
   [
-    (0, '0'),
-    (jnp.int32(-1), '-1'),
-    (jnp.array([1, 2]), '[1, 2]'),
-    (2.7, '2.7'),
-    (jnp.float32(2), '2.0'),
-    (True, 'True'),
+    (0, '0', ValueError),
+    (jnp.int32(-1), '-1', ValueError),
+    (jnp.array([1, 2]), '[1, 2]', ValueError),
+    (2.7, '2.7', TypeError),
+    (jnp.float32(2), '2.0', TypeError),
+    (True, 'True', TypeError),
   ],
 )
-def test_a_number_that_is_none_is_an_error(count, given):
-  with pytest.raises(ValueError) as error:
+def test_a_number_that_is_none_is_an_error(count, given, kind):
+  with pytest.raises(kind) as error:
     TX.update(make_grads(0), TX.init(PARAMS), PARAMS, micro_batches=count)
   assert 'an integer scalar of at least 1' in str(error.value)
   assert f'micro_batches={given} ' in str(error.value)
 
 
+@pytest.mark.parametrize('name', ['micro_batches', 'learning_rate_scale'])
+def test_a_schedule_is_told_where_to_call_it(name):
+  schedule = {name: optax.constant_schedule(2)}
+  with pytest.raises(TypeError, match=f'`{name}=schedule'):
+    TX.update(make_grads(0), TX.init(PARAMS), PARAMS, **schedule)
+
+
 def test_a_fraction_that_cannot_be_seen_is_an_error():
-  with pytest.raises(ValueError, match=r'Given float32\[\]'):
+  with pytest.raises(TypeError, match=r'Given float32\[\]'):
     update(make_grads(0), TX.init(PARAMS), PARAMS, micro_batches=2.7)
 
 

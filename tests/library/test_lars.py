@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import conadv_optax as conadv
 
@@ -16,26 +18,33 @@ RATES = [0.5, 0.3, 0.0, 1.0, 0.2]
 DECAY, MOMENTUM, TRUST = 0.01, 0.9, 0.1
 
 
+def draw(seed, *shape, dtype):
+  """Normal numbers, in two dimensions where the dtype has them."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=shape)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    x = x + 1j * rng.normal(size=shape)
+  return jnp.asarray(x, dtype)
+
+
 def make_params(dtype=jnp.float32):
-  rng = np.random.default_rng(0)
   return {
     'dense': {
-      'kernel': jnp.asarray(rng.normal(size=(4, 3)), dtype),
-      'bias': jnp.asarray(rng.normal(size=3), dtype),
+      'kernel': draw(0, 4, 3, dtype=dtype),
+      'bias': draw(1, 3, dtype=dtype),
     },
     'zero': jnp.zeros((2, 2), dtype),
   }
 
 
 def make_grads(t, dtype=jnp.float32):
-  rng = np.random.default_rng(10 + t)
   return {
     'dense': {
       # One gradient of zero: the ratio is 1 there.
-      'kernel': jnp.asarray((t != 2) * rng.normal(size=(4, 3)), dtype),
-      'bias': jnp.asarray(rng.normal(size=3), dtype),
+      'kernel': float(t != 2) * draw(10 + t, 4, 3, dtype=dtype),
+      'bias': draw(20 + t, 3, dtype=dtype),
     },
-    'zero': jnp.asarray(rng.normal(size=(2, 2)), dtype),
+    'zero': draw(30 + t, 2, 2, dtype=dtype),
   }
 
 
@@ -44,10 +53,10 @@ def rate(count):
 
 
 def numpy_lars(w, gradients, is_weight, ratio_form, over, nesterov, most, eps):
-  w = np.asarray(w, np.float64)
+  w = np.asarray(w, np.result_type(np.asarray(w), np.float64))
   v = np.zeros_like(w)
   for lr, g in zip(RATES, gradients, strict=True):
-    g = np.asarray(g, np.float64)
+    g = np.asarray(g, w.dtype)
     r, d = 1.0, g
     if is_weight:
       d = g + DECAY * w
@@ -77,11 +86,18 @@ def numpy_lars(w, gradients, is_weight, ratio_form, over, nesterov, most, eps):
     )
   ),
 )
-@pytest.mark.parametrize(('most', 'eps'), [(None, 0.0), (0.05, 1e-2)])
+@pytest.mark.parametrize(
+  ('dtype', 'most', 'eps'),
+  [
+    (jnp.float32, None, 0.0),
+    (jnp.float32, 0.05, 1e-2),
+    (jnp.complex64, 0.05, 1e-2),
+  ],
+)
 def test_every_form_is_the_numpy_one(
-  ratio_form, over, nesterov, everywhere, most, eps
+  ratio_form, over, nesterov, everywhere, dtype, most, eps
 ):
-  params = make_params()
+  params = make_params(dtype)
   tx = conadv.lars(
     rate,
     weight_decay=DECAY,
@@ -96,15 +112,16 @@ def test_every_form_is_the_numpy_one(
   )
   state = tx.init(params)
   for t in range(len(RATES)):
-    updates, state = tx.update(make_grads(t), state, params)
+    updates, state = tx.update(make_grads(t, dtype), state, params)
+    chex.assert_trees_all_equal_dtypes(updates, state.momentum, params)
     params = optax.apply_updates(params, updates)
-  grads = [make_grads(t) for t in range(len(RATES))]
+  grads = [make_grads(t, dtype) for t in range(len(RATES))]
   expected = jax.tree.map(
     lambda is_weight, w, *gs: numpy_lars(
       w, gs, is_weight, ratio_form, over, nesterov, most, eps
     ),
     {'dense': {'kernel': True, 'bias': everywhere}, 'zero': True},
-    make_params(),
+    make_params(dtype),
     *grads,
   )
   jax.tree.map(
@@ -114,30 +131,97 @@ def test_every_form_is_the_numpy_one(
   )
 
 
-@pytest.mark.parametrize('nesterov', [False, True])
-def test_joint_with_nothing_excluded_is_optax(nesterov):
-  ours = conadv.lars(
-    rate,
-    weight_decay=DECAY,
-    trust_coefficient=TRUST,
-    nesterov=nesterov,
-    mask=True,
-    trust_ratio='joint',
-  )
-  theirs = optax.lars(
-    rate,
-    weight_decay=DECAY,
-    trust_coefficient=TRUST,
-    momentum=0.9,
-    nesterov=nesterov,
-  )
-  params = {0: make_params(), 1: make_params()}
+@given(
+  dtypes=st.lists(st.sampled_from(['float32', 'complex64']), min_size=2),
+  nesterov=st.booleans(),
+  decay=st.sampled_from([0.0, DECAY, 1.0]),
+  momentum=st.floats(0, 0.99),
+  size=st.sampled_from([1e-3, 1.0, 1e3]),
+  seed=st.integers(0, 2**16),
+)
+@settings(max_examples=30, deadline=None)
+@jax.numpy_dtype_promotion('standard')
+def test_joint_with_nothing_excluded_is_optax(
+  dtypes, nesterov, decay, momentum, size, seed
+):
+  common = {
+    'learning_rate': rate,
+    'weight_decay': decay,
+    'trust_coefficient': TRUST,
+    'momentum': momentum,
+    'nesterov': nesterov,
+  }
+  ours = conadv.lars(**common, mask=True, trust_ratio='joint')
+  theirs = optax.lars(**common)
+
+  def tree(t, scale=1.0):
+    return [
+      scale * draw((seed, t, i), 3, 2, dtype=jnp.dtype(dtype))
+      for i, dtype in enumerate(dtypes)
+    ]
+
+  params = {0: tree(0), 1: tree(0)}
   states = {0: ours.init(params[0]), 1: theirs.init(params[1])}
   for t in range(len(RATES)):
     for i, tx in enumerate((ours, theirs)):
-      updates, states[i] = tx.update(make_grads(t), states[i], params[i])
+      updates, states[i] = tx.update(tree(1 + t, size), states[i], params[i])
       params[i] = optax.apply_updates(params[i], updates)
-  chex.assert_trees_all_close(params[0], params[1], rtol=1e-5, atol=1e-7)
+  chex.assert_trees_all_close(params[0], params[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_complex_norm_is_that_of_its_size():
+  w, g = jnp.ones(1, jnp.complex64), jnp.array([1 + 1j])
+  for form in ('separate', 'joint'):
+    tx = conadv.lars(0.1, weight_decay=0.0, mask=True, trust_ratio=form)
+    updates, _ = tx.update(g, tx.init(w), w)
+    # |w| / |g| is 1 / sqrt(2).
+    expected = [-1e-4 / np.sqrt(2) * (1 + 1j)]
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_the_decay_may_be_a_schedule():
+  traces = []
+
+  def decay(count):
+    traces.append(0)
+    return jnp.asarray([0.0, 0.5, 0.1, 0.0, 2.0])[count]
+
+  def run(tx_of):
+    params = make_params()
+    state = tx_of(0).init(params)
+    for t in range(len(RATES)):
+      updates, state = tx_of(t).update(make_grads(t), state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  tx = conadv.lars(rate, weight_decay=decay)
+  tx = tx._replace(update=jax.jit(tx.update))
+  scheduled = run(lambda t: tx)
+  assert len(traces) == 1
+  by_hand = run(lambda t: conadv.lars(rate, weight_decay=float(decay(t))))
+  chex.assert_trees_all_close(scheduled, by_hand, rtol=1e-5)
+
+
+COEFFICIENTS = ('momentum', 'trust_coefficient', 'eps', 'max_trust_ratio')
+
+
+@pytest.mark.parametrize('name', COEFFICIENTS)
+def test_other_coefficients_may_be_traced_and_are_no_schedules(name):
+  with pytest.raises(TypeError, match=f'`{name}=schedule'):
+    conadv.lars(0.1, weight_decay=0.0, **{name: optax.constant_schedule(0.5)})
+  params, grads, traces = make_params(), make_grads(0), []
+
+  def update(value):
+    traces.append(0)
+    tx = conadv.lars(0.1, weight_decay=0.1, **{name: value})
+    return tx.update(grads, tx.init(params), params)
+
+  compiled = jax.jit(update)
+  for value in (0.25, 0.5):
+    chex.assert_trees_all_close(
+      compiled(jnp.float32(value)), update(value), rtol=1e-5
+    )
+  assert len(traces) == 3
 
 
 def test_an_empty_group_stays_empty():
@@ -211,6 +295,52 @@ def test_mask_may_be_a_function_a_tree_or_a_prefix():
     updates({'dense': False, 'zero': True})['dense']['kernel'],
     -grads['dense']['kernel'],
   )
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+  """A tree that can be called, as the modules of Equinox are."""
+
+  def __init__(self, kernel, shift):
+    self.kernel, self.shift = kernel, shift
+
+  def __call__(self, x):
+    return x @ self.kernel + self.shift
+
+  def tree_flatten(self):
+    return (self.kernel, self.shift), None
+
+  @classmethod
+  def tree_unflatten(cls, _, leaves):
+    return cls(*leaves)
+
+
+def test_a_module_of_bools_is_a_tree():
+  params = Module(jnp.full((2, 2), 3.0), jnp.full((2, 2), 3.0))
+  grads = Module(jnp.full((2, 2), 6.0), jnp.full((2, 2), 6.0))
+  common = {'weight_decay': 0.0, 'trust_coefficient': TRUST}
+  tx = conadv.lars(1.0, mask=Module(True, False), **common)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  theirs = optax.lars(1.0, trust_ratio_mask=Module(True, False), **common)
+  expected, _ = theirs.update(grads, theirs.init(params), params)
+  chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+  np.testing.assert_allclose(updates.kernel, -TRUST / 2 * grads.kernel)
+  np.testing.assert_allclose(updates.shift, -grads.shift)
+
+
+@pytest.mark.parametrize(
+  ('mask', 'kind', 'says'),
+  [
+    (False, ValueError, 'mask=False'),
+    (lambda params: params, TypeError, 'made of bools'),
+    ({'dense': 1, 'zero': True}, TypeError, 'leaf of type int'),
+  ],
+)
+def test_a_mask_that_is_none(mask, kind, says):
+  tx = conadv.lars(1.0, weight_decay=0.0, mask=mask)
+  params = make_params()
+  with pytest.raises(kind, match=says):
+    tx.update(make_grads(0), tx.init(params), params)
 
 
 def test_an_injected_mask_function_is_the_mask():

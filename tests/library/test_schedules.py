@@ -1,8 +1,10 @@
 """Schedules against their formulas in plain Python."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from error_checks import assert_says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,82 @@ def test_warmup_is_linear_and_decay_polynomial(
   np.testing.assert_allclose(
     rate(jnp.asarray(step)), expected, rtol=1e-4, atol=1e-5 * peak
   )
+
+
+@given(
+  peak=st.one_of(st.floats(1e-8, 1e-3), st.floats(1e-3, 50)),
+  warmup=st.integers(0, 5),
+  decay=st.integers(1, 30),
+  power=st.floats(0.25, 3),
+  share=st.one_of(st.none(), st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_rate_never_rises_after_the_warmup(
+  peak, warmup, decay, power, share
+):
+  arguments = {
+    'peak': jnp.float32(peak),
+    'end': None if share is None else jnp.float32(share * peak),
+  }
+
+  def make(peak, end):
+    return conadv.polynomial_warmup(
+      peak, warmup, warmup + decay, power=power, end=end
+    )
+
+  steps = jnp.arange(warmup, warmup + decay + 3)
+  rates = jax.vmap(make(**arguments))(steps)
+  assert np.all(np.diff(rates) <= 1e-6 * peak)
+  np.testing.assert_allclose(rates[0], peak, rtol=1e-5)
+  last = min(1e-4, peak / 10) if share is None else share * peak
+  np.testing.assert_allclose(rates[-1], last, rtol=1e-5)
+  # Both may be traced.
+  traced = jax.jit(lambda a: jax.vmap(make(**a))(steps))(arguments)
+  np.testing.assert_allclose(traced, rates, rtol=1e-5)
+
+
+@pytest.mark.parametrize('peak', [1e-5, 1.0])
+def test_legw_ends_below_its_peak(peak):
+  rate = conadv.legw(
+    peak, 1.0, base_batch=10, batch=40, num_examples=100, epochs=10.0
+  )
+  np.testing.assert_allclose(rate(10), 2 * peak, rtol=1e-6)
+  np.testing.assert_allclose(rate(25), min(1e-4, 2 * peak / 10), rtol=1e-6)
+
+
+@pytest.mark.parametrize('end', [1.5, jnp.float32(2.0)])
+def test_an_end_above_the_peak_is_an_error(end):
+  with pytest.raises(ValueError) as error:
+    conadv.polynomial_warmup(1.0, 5, 20, end=end)
+  assert_says(error, f'end={float(end)}', 'a peak of 1.0', 'Leave `end` out')
+  with pytest.raises(ValueError, match='a peak of 2'):
+    conadv.legw(
+      1.0,
+      1.0,
+      base_batch=10,
+      batch=40,
+      num_examples=100,
+      epochs=10.0,
+      end=end + 1,
+    )
+
+
+@pytest.mark.parametrize('name', ['peak', 'end'])
+def test_rates_are_numbers_and_not_negative(name):
+  arguments = {'peak': 1.0, 'warmup_steps': 5, 'total_steps': 20}
+  with pytest.raises(ValueError, match=f'{name}=-0.1'):
+    conadv.polynomial_warmup(**arguments | {name: -0.1})
+  with pytest.raises(TypeError, match=f'`{name}=schedule'):
+    conadv.polynomial_warmup(**arguments | {name: lambda count: 0.1})
+
+
+@pytest.mark.parametrize('length', [3, 767, 1000])
+def test_the_last_rate_is_the_end_in_compiled_code_too(length):
+  # 1 - n * (1 / n), as compiled, is below 0 for some n, and has no root.
+  rate = jax.jit(conadv.polynomial_warmup(8.0, 2, 2 + length, power=1.6))
+  rates = [rate(2 + length + extra) for extra in (-1, 0, 1, 99)]
+  before = (8 - 1e-4) * (1 / length) ** 1.6 + 1e-4
+  np.testing.assert_allclose(rates, [before, 1e-4, 1e-4, 1e-4], rtol=1e-4)
 
 
 def test_the_largest_published_run():

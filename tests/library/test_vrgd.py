@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 import conadv_optax as conadv
+from conadv_optax.core.numeric import at_least_float32
 
 
 def apply(groups, dtype=jnp.float32, **arguments):
@@ -19,7 +20,7 @@ def apply(groups, dtype=jnp.float32, **arguments):
   groups = jax.tree.map(lambda g: jnp.asarray(g, dtype), groups)
   mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), groups)
   second_moment = jax.tree.map(
-    lambda g: jnp.mean(g.astype(jnp.float32) ** 2, axis=0), groups
+    lambda g: jnp.mean(jnp.abs(at_least_float32(g)) ** 2, axis=0), groups
   )
   tx = conadv.scale_by_gsnr(**arguments)
   updates, _ = tx.update(mean, tx.init(mean), second_moment=second_moment)
@@ -72,6 +73,35 @@ def test_groups_that_agree_change_nothing(groups, dtype):
   updates, mean = apply(np.repeat(one, groups, axis=0), dtype)
   assert updates.dtype == dtype
   chex.assert_trees_all_equal(updates, mean)
+
+
+@given(
+  dtype=st.sampled_from(['float32', 'bfloat16', 'float16', 'complex64']),
+  most=st.floats(0.125, 10, width=16),
+  gradient=st.floats(2**-20, 1000, width=32),
+  sign=st.sampled_from([-1.0, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_moment_of_the_mean_itself_is_no_noise(dtype, most, gradient, sign):
+  # The mean over groups is rounded to the parameter's dtype, its square is not.
+  mean = jnp.full(3, sign * gradient)
+  short = mean.astype(dtype)
+  tx = conadv.scale_by_gsnr(max_ratio=most)
+  updates, _ = tx.update(short, tx.init(short), second_moment=mean**2)
+  wide = at_least_float32(short)
+  expected = (jnp.asarray(most, wide.dtype) * wide).astype(dtype)
+  chex.assert_trees_all_equal(updates, expected)
+
+
+def test_a_complex_gradient_is_scaled_by_a_real_ratio():
+  rng = np.random.default_rng(0)
+  groups = rng.normal(size=(8, 50)) + 1j * rng.normal(size=(8, 50)) + 0.5
+  updates, mean = apply(groups, jnp.complex64)
+  assert updates.dtype == jnp.complex64
+  # NumPy's variance of complex numbers is that of their distance.
+  ratio = np.abs(np.mean(groups, axis=0)) ** 2 / np.var(groups, axis=0)
+  expected = np.clip(ratio / np.mean(ratio), 0.1, 1.0) * np.asarray(mean)
+  np.testing.assert_allclose(updates, expected, rtol=1e-3)
 
 
 def test_ratios_of_one_change_nothing():
@@ -215,3 +245,9 @@ def test_wrong_arguments_are_told(arguments, says):
   with pytest.raises(ValueError) as error:
     conadv.scale_by_gsnr(**arguments)
   assert says in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['min_ratio', 'max_ratio'])
+def test_a_schedule_is_told_where_to_call_it(name):
+  with pytest.raises(TypeError, match=f'`{name}=schedule'):
+    conadv.scale_by_gsnr(**{name: optax.constant_schedule(0.5)})
