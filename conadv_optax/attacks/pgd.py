@@ -117,7 +117,7 @@ def pgd(
     step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
   check_not_negative('step_size', step_size)
   _check_probability(start_from_clean)
-  low, high = (-jnp.inf, jnp.inf) if bounds is None else _checked(bounds)
+  low, high = (-jnp.inf, jnp.inf) if bounds is None else _unpack(bounds)
   sign = 1.0 if targets is None else -1.0
 
   def around(inputs: jax.Array) -> Region:
@@ -283,7 +283,7 @@ def _check_probability(start_from_clean: ArrayLike) -> None:
     )
 
 
-def _checked(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
+def _unpack(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
   check_no_schedule('bounds', bounds)
   try:
     low, high = bounds

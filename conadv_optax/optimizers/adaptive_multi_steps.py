@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from conadv_optax.core.numeric import (
   at_least_float32,
+  cast_like,
   check_no_schedule,
   concrete,
   describe,
@@ -120,16 +121,16 @@ def adaptive_multi_steps(
     )
 
     def step() -> tuple[optax.Updates, Any, Any, jax.Array]:
-      mean = jax.tree.map(
-        lambda s, g: (s / count.astype(s.dtype)).astype(g.dtype), total, updates
-      )
+      mean = jax.tree.map(lambda s: s / count.astype(s.dtype), total)
+      mean = cast_like(mean, updates)
       steps, inner_state = inner.update(mean, state.inner, params, **extra_args)
       scaled = jax.tree.map(
         lambda u: weighted(scale, at_least_float32(u)).astype(u.dtype), steps
       )
-      # In the dtypes that `init` chose, from the parameters alone.
+      # In the dtypes that `init` chose, which saw the parameters alone. Keys
+      # have none to cast.
       inner_state = jax.tree.map(
-        lambda new, old: new.astype(old.dtype) if is_inexact(new) else new,
+        lambda new, old: cast_like(new, old) if is_inexact(new) else new,
         inner_state,
         state.inner,
       )
@@ -138,9 +139,8 @@ def adaptive_multi_steps(
 
     def wait() -> tuple[optax.Updates, Any, Any, jax.Array]:
       # In the optimizer's dtypes: bfloat16 may go in and float32 come out.
-      zeros = optax.tree.cast_like(
-        optax.tree.zeros_like(updates), jax.eval_shape(step)[0]
-      )
+      shapes, *_ = jax.eval_shape(step)
+      zeros = cast_like(optax.tree.zeros_like(updates), shapes)
       return zeros, state.inner, total, state.index + 1
 
     new_updates, inner_state, gradients, index = jax.lax.cond(

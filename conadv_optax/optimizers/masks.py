@@ -18,7 +18,6 @@ TAKEN_FOR_A_SCHEDULE = (
   "`optax.inject_hyperparams(conadv.lars, static_args='mask')(...)`."
 )
 
-
 # The last names of biases and norm parameters, in Flax and in Haiku.
 _NOT_WEIGHTS = {'bias', 'scale', 'b', 'offset'}
 
