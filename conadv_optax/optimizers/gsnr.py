@@ -130,7 +130,10 @@ def scale_by_gsnr(
       agree = noise <= 4 * float(info.eps) * size
       r = jnp.where(agree, 0.0, signal / jnp.where(agree, 1.0, noise))
       mean = jnp.sum(r) / jnp.maximum(jnp.sum(~agree, dtype=r.dtype), 1.0)
-      least, most = (jnp.asarray(x, r.dtype) for x in (min_ratio, max_ratio))
+      # Beside complex parameters `optax.inject_hyperparams` makes them complex.
+      least, most = (
+        jnp.real(x).astype(r.dtype) for x in (min_ratio, max_ratio)
+      )
       r = jnp.clip(r / jnp.where(mean > 0, mean, 1.0), least, most)
       r = jnp.where(agree, most, r)
       return (r.astype(g.dtype) * g).astype(gradient.dtype)

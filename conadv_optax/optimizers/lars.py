@@ -5,7 +5,6 @@ References:
   <https://arxiv.org/abs/1708.03888>`_, 2017
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -140,13 +139,12 @@ def lars(
 
   def ratio(w: jax.Array, x: jax.Array, decay: ArrayLike) -> jax.Array:
     w_norm, x_norm = _norm(w), _norm(x)
-    number = functools.partial(jnp.asarray, dtype=w_norm.dtype)
     defined = (w_norm > 0) & (x_norm > 0)
-    below = x_norm + number(decay) * w_norm + number(eps)
-    above = number(trust_coefficient) * w_norm
+    below = x_norm + _as(x_norm, decay) * w_norm + _as(x_norm, eps)
+    above = _as(w_norm, trust_coefficient) * w_norm
     r = jnp.where(defined, above / jnp.where(defined, below, 1.0), 1.0)
     if max_trust_ratio is not None:
-      r = jnp.minimum(r, number(max_trust_ratio))
+      r = jnp.minimum(r, _as(r, max_trust_ratio))
     return r.astype(w.dtype)
 
   def init_fn(params: optax.Params) -> LarsState:
@@ -178,7 +176,7 @@ def lars(
     ) -> tuple[jax.Array, jax.Array]:
       dtypes = g.dtype, v.dtype
       g, v, w = (at_least_float32(x) for x in (g, v, w))
-      lr, wd, m = (jnp.asarray(x, w.dtype) for x in (rate, decay, momentum))
+      lr, wd, m = (_as(w, x) for x in (rate, decay, momentum))
       inside, outside = (lr, 1.0) if momentum_over == 'scaled' else (1.0, lr)
       d = inside * g
       if is_weight:
@@ -202,6 +200,11 @@ def lars(
     return new_updates, LarsState(count, new_momentum)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as(like: jax.Array, number: ArrayLike) -> jax.Array:
+  # Beside complex parameters `optax.inject_hyperparams` makes it complex too.
+  return jnp.real(number).astype(like.dtype)
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -357,6 +357,25 @@ def test_an_injected_mask_function_is_the_mask():
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+# Optax looks for the dtype that all parameters have in common.
+@jax.numpy_dtype_promotion('standard')
+@pytest.mark.parametrize('first', [jnp.complex64, jnp.float32])
+def test_injected_coefficients_beside_complex_parameters(first):
+  params = {
+    'a': jnp.full((2, 2), 2.0, first),
+    'b': jnp.full((2, 2), 2.0, jnp.float32),
+    'c': jnp.full((2, 2), 2j),
+  }
+  arguments = {'trust_coefficient': TRUST, 'eps': 1e-3, 'max_trust_ratio': 0.05}
+  arguments |= {'weight_decay': 0.5, 'learning_rate': 0.5, 'momentum': 0.9}
+  plain = conadv.lars(**arguments)
+  tx = optax.inject_hyperparams(conadv.lars)(**arguments)
+  updates, _ = tx.update(params, tx.init(params), params)
+  expected, _ = plain.update(params, plain.init(params), params)
+  chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+  chex.assert_trees_all_equal_dtypes(updates, params)
+
+
 def test_default_mask_leaves_branches_of_norm_layers_plain():
   params = {'conv': jnp.ones((2, 2)), 'norm': {'scale': jnp.ones((1, 1, 2))}}
   state = {'norm': {'mean': jnp.zeros(2)}}

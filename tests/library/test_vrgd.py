@@ -104,6 +104,18 @@ def test_a_complex_gradient_is_scaled_by_a_real_ratio():
   np.testing.assert_allclose(updates, expected, rtol=1e-3)
 
 
+def test_injected_ratios_beside_complex_gradients():
+  gradient = jnp.array([1 + 1j, 2j, -3.0], jnp.complex64)
+  moment = jnp.array([3.0, 8.0, 10.0])
+  tx = optax.inject_hyperparams(conadv.scale_by_gsnr)(
+    min_ratio=0.1, max_ratio=0.5
+  )
+  updates, _ = tx.update(gradient, tx.init(gradient), second_moment=moment)
+  # Ratios 2 / 1, 4 / 4 and 9 / 1 over their mean, 4.
+  expected = np.array([0.5, 0.25, 0.5]) * np.asarray(gradient)
+  np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
 def test_ratios_of_one_change_nothing():
   groups = np.random.default_rng(0).normal(size=(8, 50))
   updates, mean = apply(groups, min_ratio=1.0, max_ratio=1.0)
