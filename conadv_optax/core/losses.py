@@ -1,6 +1,5 @@
 """A loss and the point it is differentiated at, for the tools beside `wrap`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +8,10 @@ import optax
 
 from conadv_optax.core.numeric import at_least_float32, describe
 from conadv_optax.core.paths import path_names
-from conadv_optax.core.types import Batch
+from conadv_optax.core.types import Batch, LossFn
 
 
-def mean_loss(
-  loss_fn: Callable[[Any, Batch], jax.Array], params: Any, batch: Batch
-) -> jax.Array:
+def mean_loss(loss_fn: LossFn, params: Any, batch: Batch) -> jax.Array:
   """`loss_fn(params, batch)`, checked, at least float32."""
   loss = loss_fn(params, batch)
   is_array = hasattr(loss, 'dtype') and hasattr(loss, 'shape')
@@ -30,20 +27,19 @@ def mean_loss(
 
 
 def value_and_grad(
-  loss: Callable[[Any], jax.Array], like: Any, batch: Batch
-) -> Callable[[Any], tuple[jax.Array, Any]]:
-  """Of a mean over `batch`, at float32 points, cast to the dtypes of `like`."""
-  # In float16 what an example adds to a mean is lost where the batch is large.
-  # Between it and the sum, powers of two, which round nothing.
+  loss_fn: LossFn, like: Any, batch: Batch, point: Any
+) -> tuple[jax.Array, Any]:
+  """The mean loss and its gradient at a float32 point, cast to be `like`."""
+  # In float16 what one of many examples adds to a mean is lost. Powers of two,
+  # between one and their number, round nothing.
   sizes = [len(x) for x in jax.tree.leaves(batch) if jnp.ndim(x)]
   scale = 2.0 ** (max(sizes, default=1).bit_length() // 2)
 
-  def scaled(point: Any) -> jax.Array:
-    return scale * loss(optax.tree.cast_like(point, like))
+  def loss(point: Any) -> jax.Array:
+    params = optax.tree.cast_like(point, like)
+    return scale * mean_loss(loss_fn, params, batch)
 
-  return lambda point: optax.tree.scale(
-    1 / scale, jax.value_and_grad(scaled)(point)
-  )
+  return optax.tree.scale(1 / scale, jax.value_and_grad(loss)(point))
 
 
 def float32_point(tree: Any) -> Any:

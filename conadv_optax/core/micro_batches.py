@@ -1,5 +1,6 @@
 """A batch in parts, one after the other, so that memory stays that of one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,40 +30,45 @@ def check_divides(batch: Batch, groups: int, what: str, fix: str) -> None:
       )
 
 
-def split(batch: Batch, micro_batches: int) -> Batch:
-  """Micro-batches, stacked along a new leading axis.
+def cut(batch: Batch, micro_batches: int) -> Batch:
+  """Every leaf (B, ...) as (B / K, K, ...), micro-batch k at the index k.
 
-  Micro-batch `i` holds the examples `i, i + micro_batches, ...`, so that a
-  batch that is spread over devices stays where it is: each device splits its
-  own part.
+  So a batch that is spread over devices stays where it is: each device has its
+  own part of every micro-batch.
   """
   check_count('micro_batches', micro_batches)
-  fix = 'take another `micro_batches`'
-  check_divides(batch, micro_batches, 'micro-batches', fix)
   batch = jax.tree.map(jnp.asarray, batch)
-  # What one device holds, where the type of an array says so.
-  shards = jax.tree.map(
-    lambda x: jax.typeof(x).update(
-      shape=jax.typeof(x).sharding.shard_shape(x.shape), sharding=None
-    ),
-    batch,
+  devices = max(map(_devices, jax.tree.leaves(batch)), default=1)
+  what = 'micro-batches'
+  if devices > 1:
+    what = f'parts, {micro_batches} micro-batches on each of {devices} devices'
+  fix = 'take another number of them'
+  check_divides(batch, micro_batches * devices, what, fix)
+  return jax.tree.map(
+    lambda x: x.reshape(-1, micro_batches, *x.shape[1:]), batch
   )
-  check_divides(shards, micro_batches, 'micro-batches on each device', fix)
 
-  def leaf(x: jax.Array) -> jax.Array:
-    parts = x.reshape(-1, micro_batches, *x.shape[1:])
-    return jnp.swapaxes(parts, 0, 1)
 
-  return jax.tree.map(leaf, batch)
+def _devices(x: jax.Array) -> int:
+  """Over how many its leading axis is spread, where its type says so."""
+  sharding = jax.typeof(x).sharding
+  axes = jax.tree.leaves(tuple(sharding.spec[:1]))
+  return math.prod(sharding.mesh.shape[axis] for axis in axes)
+
+
+def part_of(batches: Batch, number: jax.Array) -> Batch:
+  """One micro-batch of what `cut` returned."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False),
+    batches,
+  )
 
 
 def join(stacked: Batch) -> Batch:
-  """The batch that `split` took apart, in its order."""
-
-  def leaf(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-  return jax.tree.map(leaf, stacked)
+  """The batch of micro-batches that are stacked along a leading axis."""
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stacked
+  )
 
 
 def weight_of(batch: Batch, denominator: Denominator | None) -> jax.Array:
@@ -85,43 +91,23 @@ def mean_over(
 ) -> Any:
   """The mean of a function's results over the micro-batches, by weight."""
 
-  def add(total: Any, part: Batch) -> tuple[Any, None]:
+  def add(total: Any, part: Batch) -> Any:
     result = (jnp.float32(1), function(part))
-    return add_weighted(total, weight_of(part, denominator), result), None
+    return add_weighted(total, weight_of(part, denominator), result)
 
   # Outside of `jit` too, zeros are to lie where the batch does.
   @jax.jit
   def sums(parts: Batch) -> Any:
-    part = jax.tree.map(lambda x: x[0], parts)
-    zeros = optax.tree.zeros_like(jax.eval_shape(add, None, part)[0])
-    return jax.lax.scan(add, zeros, parts)[0]
+    numbers = jnp.arange(micro_batches)
+    zeros = optax.tree.zeros_like(
+      jax.eval_shape(lambda: add(None, part_of(parts, numbers[0])))
+    )
+    return jax.lax.scan(
+      lambda total, i: (add(total, part_of(parts, i)), None), zeros, numbers
+    )[0]
 
   # Not a loop of one: XLA chooses slow convolutions for it on a CPU.
   whole, total = (
-    add(None, batch)[0]
-    if micro_batches == 1
-    else sums(split(batch, micro_batches))
+    add(None, batch) if micro_batches == 1 else sums(cut(batch, micro_batches))
   )
   return jax.tree.map(lambda x: x / whole.astype(x.dtype), total)
-
-
-def cut(batch: Batch, micro_batches: int) -> Batch:
-  """Every leaf (B, ...) as (B / K, K, ...), micro-batch k at the index k.
-
-  So a batch that is spread over devices stays where it is: each device has its
-  own part of every micro-batch.
-  """
-  check_divides(
-    batch, micro_batches, 'micro-batches', 'take another number of them'
-  )
-  return jax.tree.map(
-    lambda x: x.reshape(-1, micro_batches, *x.shape[1:]), batch
-  )
-
-
-def part_of(batches: Batch, number: jax.Array) -> Batch:
-  """One micro-batch of what `cut` returned."""
-  return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False),
-    batches,
-  )

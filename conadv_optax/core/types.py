@@ -1,11 +1,9 @@
 """What the calls of the library take and return."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, dataclass_transform
+from typing import Any, NamedTuple
 
 import jax
-from jax.tree_util import Partial
 
 Batch = Any
 """A pytree of arrays that share a leading axis, the batch."""
@@ -120,70 +118,6 @@ class GradientFunction(NamedTuple):
   staleness: int
   passes: Passes | None = None
   denominators: Callable[[Any, Batch], Denominators] | None = None
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def pytree(*data: str) -> Callable[[type], Any]:
-  """A frozen dataclass that is a pytree of the fields `data`.
-
-  What it computes with, a radius or a weight, is data and may be traced; all
-  other fields are static.
-  """
-
-  def decorate(kind: type) -> Any:
-    made: Any = dataclasses.dataclass(frozen=True, eq=False)(kind)
-    static = {field.name for field in dataclasses.fields(made)} - set(data)
-    return jax.tree_util.register_dataclass(made, list(data), sorted(static))
-
-  return decorate
-
-
-def gradient_function(
-  made: Any,
-  staleness: int,
-  *,
-  has_denominators: bool,
-  passes: Passes | None = None,
-) -> GradientFunction:
-  """The methods of a `pytree`, as pytrees of its arrays themselves.
-
-  Arrays that are closed over cannot enter a `shard_map` on a mesh of explicit
-  axes; arguments can, and these can be made arguments.
-  """
-  init, value_and_grad, denominators = (
-    Partial(getattr(type(made), name), made)
-    for name in ('init', 'value_and_grad', 'denominators')
-  )
-  return GradientFunction(
-    init,
-    value_and_grad,
-    staleness,
-    passes,
-    denominators if has_denominators else None,
-  )
-
-
-def hoist(grad_fn: GradientFunction) -> tuple[dict[int, jax.Array], Any]:
-  """The arrays of a gradient function, and a function that puts them back."""
-  leaves, treedef = jax.tree.flatten(grad_fn)
-  arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-
-  def rebuild(arrays: dict[int, jax.Array]) -> GradientFunction:
-    return jax.tree.unflatten(
-      treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-    )
-
-  return arrays, rebuild
-
-
-def check_kind(state: Any, kind: type) -> None:
-  """The state is of the gradient function that takes it."""
-  if not isinstance(state, kind):
-    raise TypeError(
-      'A state goes back to the gradient function that made it, here one with '
-      f'a `{kind.__name__}`. Given a {type(state).__name__}. Write `state = '
-      'grad_fn.init(params, first_batches)` with the same `grad_fn`.'
-    )
 
 
 class Attack(NamedTuple):

@@ -1,28 +1,25 @@
 """One device for many: a step in micro-batches."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.calls import Call, around, pytree
 from conadv_optax.core.micro_batches import cut, join, part_of
 from conadv_optax.core.numeric import abs_sq, check_count
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   LossFn,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.devices import groups
 from conadv_optax.training.plain import as_gradient_function
-from conadv_optax.training.queue import check_first_batches
 
 
 def accumulate(
@@ -85,11 +82,8 @@ def accumulate(
   """
   check_count('micro_batches', micro_batches)
   grad_fn = as_gradient_function(grad_fn)
-  return gradient_function(
-    _Accumulate(grad_fn, micro_batches, second_moment),
-    grad_fn.staleness,
-    has_denominators=grad_fn.denominators is not None,
-  )
+  made = _Accumulate(grad_fn, micro_batches, second_moment)
+  return around(made, grad_fn)
 
 
 @pytree('grad_fn')
@@ -98,144 +92,105 @@ class _Accumulate:
   micro_batches: int
   second_moment: bool
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> Any:
-    check_first_batches(first_batches, self.grad_fn.staleness)
-    batches = [self._cut(batch) for batch in first_batches]
-    return jax.jit(self._init)(params, batches, model_state, key)
+  def init(self, call: Call) -> Any:
+    batches = cut(call.batch, self.micro_batches)
+    return jax.jit(self._init)(call._replace(batch=batches))
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: Any,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    return self._compiled(
-      params, state, self._cut(batch), model_state, key, denominators
-    )
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, Any]:
+    batches = cut(call.batch, self.micro_batches)
+    return self._compiled(call._replace(batch=batches))
 
   def denominators(self, state: Any, batch: Batch) -> Denominators:
-    """Their mean over the micro-batches."""
-    return self._denominators(
-      _cut(state, self.micro_batches), self._cut(batch)
+    batches = cut(batch, self.micro_batches)
+    return self._denominators(_cut(state, self.micro_batches), batches)
+
+  @functools.cached_property
+  def _compiled(self) -> Callable[..., Any]:
+    # Outside of `jit` a loop carries nothing that is spread over explicit axes.
+    return jax.jit(self._run)
+
+  def _init(self, call: Call) -> Any:
+    stacked = jax.lax.map(
+      lambda number: _of_part(call, number).init(self.grad_fn),
+      jnp.arange(self.micro_batches),
     )
-
-  def _init(self, params: Any, batches: Any, model_state: Any, key: Any) -> Any:
-    def one(number: jax.Array) -> Any:
-      return self.grad_fn.init(
-        params,
-        part_of(batches, number),
-        model_state=model_state,
-        key=groups.own_key(key, number),
-      )
-
-    stacked = jax.lax.map(one, jnp.arange(self.micro_batches))
     return groups.map_state(
       stacked,
-      queue=lambda part: (
-        ConAdvState(part.slot[0], jax.tree.map(_from_parts, part.queue))
-        if jax.tree.leaves(part)
-        else part
+      # From (K, tau, B / K, ...) to (tau, B, ...).
+      queue=lambda part: jax.tree.map(
+        lambda x: (
+          jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
+          if x.ndim > 1
+          else x[0]
+        ),
+        part,
       ),
       own=lambda part: part,
       shared=lambda leaf: leaf[0],
     )
 
-  def _run(
-    self,
-    params: Any,
-    state: Any,
-    batches: Batch,
-    model_state: Any,
-    key: Any,
-    denominators: Denominators | None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    whole, state = denominators is None, _cut(state, self.micro_batches)
-    if whole and self.grad_fn.denominators is not None:
-      denominators = self._denominators(state, batches)
+  def _run(self, call: Call) -> tuple[Any, Any, Any]:
+    whole, state = call, _cut(call.state, self.micro_batches)
+    if call.denominators is None and self.grad_fn.denominators is not None:
+      own = self._denominators(state, call.batch)
+      call = call._replace(denominators=own)
 
     def one(part: Any, number: jax.Array) -> Any:
-      batch, own = part_of(batches, number), None
+      of_part, own = _of_part(call._replace(state=part), number), None
       if self.grad_fn.denominators is not None:
-        own = self.grad_fn.denominators(part, batch)
-      parts, moment, new = groups.run_group(
-        self.grad_fn,
-        params,
-        part,
-        batch,
-        model_state,
-        groups.own_key(key, number),
-        denominators,
-      )
+        own = self.grad_fn.denominators(part, of_part.batch)
+      parts, moment, new = groups.run_group(self.grad_fn, of_part)
       groups.check_one_kind(moment, self.second_moment)
-      return parts, moment, groups.share_of_mean(own, denominators), new
+      return parts, moment, groups.share_of_mean(own, call.denominators), new
 
     def body(carry: Any, number: jax.Array) -> tuple[Any, Any]:
       written, part, total, deviations, seen = carry
       new, moment, share, new_part = one(part, number)
-      means = jax.tree.map(jnp.add, total.means, new.means)
+      means = optax.tree.add(total.means, new.means)
       if deviations is not None:
-        before, after = (
-          _mean(total.means[2], seen),
-          _mean(means[2], seen + share),
-        )
+        before = _over(total.means[2], seen)
+        after = _over(means[2], seen + share)
         of_new = groups.deviation(new.means[2], moment, share, before, after)
-        deviations = jax.tree.map(jnp.add, deviations, of_new)
-      counts = jax.tree.map(jnp.add, total.counts, new.counts)
+        deviations = optax.tree.add(deviations, of_new)
+      counts = optax.tree.add(total.counts, new.counts)
       written = _write(written, new_part, number)
-      carry = (
-        written,
-        # Read after this part is written, the queue changes in place; read
-        # before, the compiler copies all of it for each micro-batch.
-        _read(state, written, number + 1),
-        groups.Parts(means, counts, new.kept, None),
-        deviations,
-        seen + share,
-      )
-      return carry, new.arrays
+      # Read after this part is written, the queue changes in place; read
+      # before, the compiler copies all of it for each micro-batch.
+      part = _read(state, written, number + 1)
+      total = groups.Parts(means, counts, new.kept, None)
+      return (written, part, total, deviations, seen + share), new.arrays
 
     zero = jnp.zeros([], jnp.int32)
     first = _read(state, state, zero)
     shapes, moment, share, _ = jax.eval_shape(one, first, zero)
     wants_moment = self.second_moment or moment is not None
-    zeros = (
-      shapes._replace(arrays=None),
-      shapes.means[2] if wants_moment else None,
-      share,
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      (
+        shapes._replace(arrays=None),
+        shapes.means[2] if wants_moment else None,
+        share,
+      ),
     )
-    (state, _, total, deviations, seen), arrays = jax.lax.scan(
+    (state, _, total, moment, seen), arrays = jax.lax.scan(
       body,
-      (state, first, *jax.tree.map(_zero, zeros)),
+      (state, first, *zeros),
       jnp.arange(self.micro_batches, dtype=jnp.int32),
     )
-    means = jax.tree.map(lambda x: x / self.micro_batches, total.means)
+    means = optax.tree.scale(1 / self.micro_batches, total.means)
     if wants_moment:
-      share = seen / self.micro_batches
-      deviations = jax.tree.map(
-        lambda g, part: (
-          abs_sq(g) / jnp.where(share > 0, share, 1.0)
-          + part / self.micro_batches
-        ),
-        means[2],
-        deviations,
-      )
+      # The mean share is 1, unless this is a part of another mean.
+      squares = _over(jax.tree.map(abs_sq, means[2]), seen / self.micro_batches)
+      moment = optax.tree.add_scale(squares, 1 / self.micro_batches, moment)
     parts = groups.Parts(means, total.counts, total.kept, join(arrays))
-    output, grads = groups.put_together(
-      parts, deviations, params, model_state, whole
+    state = _each_queue(
+      lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state
     )
-    return output, grads, _uncut(state)
+    return *groups.put_together(parts, moment, whole), state
 
   def _denominators(self, state: Any, batches: Batch) -> Denominators:
+    """Their mean over the micro-batches."""
+
     def one(number: jax.Array) -> Denominators:
       assert self.grad_fn.denominators is not None
       part = _read(state, state, number)
@@ -244,32 +199,19 @@ class _Accumulate:
     every = jax.lax.map(one, jnp.arange(self.micro_batches))
     return jax.tree.map(jnp.mean, every)
 
-  @functools.cached_property
-  def _compiled(self) -> Callable[..., Any]:
-    # Outside of `jit` a loop carries nothing that is spread over explicit axes.
-    return jax.jit(self._run)
 
-  def _cut(self, batch: Batch) -> Batch:
-    return cut(as_arrays(batch), self.micro_batches)
+def _of_part(call: Call, number: jax.Array) -> Call:
+  """The call of one micro-batch, of one whose batch is cut."""
+  return call._replace(
+    batch=part_of(call.batch, number), key=groups.own_key(call.key, number)
+  )
 
 
 def _cut(state: Any, micro_batches: int) -> Any:
   """The queue, (tau, B, ...), as (tau, B / K, K, ...)."""
   return _each_queue(
-    lambda x: x.reshape(
-      x.shape[0], x.shape[1] // micro_batches, micro_batches, *x.shape[2:]
-    ),
-    state,
+    lambda x: x.reshape(x.shape[0], -1, micro_batches, *x.shape[2:]), state
   )
-
-
-def _uncut(state: Any) -> Any:
-  return _each_queue(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state)
-
-
-def _from_parts(x: jax.Array) -> jax.Array:
-  """From (K, tau, B / K, ...) to (tau, B, ...)."""
-  return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def _each_queue(fn: Callable[[jax.Array], jax.Array], state: Any) -> Any:
@@ -317,9 +259,6 @@ def _write(written: Any, new: Any, number: jax.Array) -> Any:
   )
 
 
-def _mean(total: Any, seen: jax.Array) -> Any:
-  return jax.tree.map(lambda x: x / jnp.where(seen > 0, seen, 1.0), total)
-
-
-def _zero(x: jax.ShapeDtypeStruct) -> jax.Array:
-  return jnp.zeros(x.shape, x.dtype)
+def _over(total: Any, seen: jax.Array) -> Any:
+  """A mean; zero of nothing."""
+  return optax.tree.scale(1 / jnp.where(seen > 0, seen, 1.0), total)

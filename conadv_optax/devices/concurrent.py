@@ -9,16 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.micro_batches import check_divides
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   Queue,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.devices import groups
 from conadv_optax.training import queue
@@ -117,11 +115,8 @@ def concurrent(
       'staleness=1, ...)`, or `conadv.data_parallel` in place of `concurrent`.'
     )
   _check_roles(mesh, data_axis, role_axis, attackers)
-  return gradient_function(
-    _Concurrent(grad_fn, mesh, data_axis, role_axis, attackers),
-    grad_fn.staleness,
-    has_denominators=grad_fn.denominators is not None,
-  )
+  made = _Concurrent(grad_fn, mesh, data_axis, role_axis, attackers)
+  return around(made, grad_fn)
 
 
 @pytree('grad_fn')
@@ -150,123 +145,91 @@ class _Concurrent:
     """How many shares an attacker crafts."""
     return -(-self.trainers // self.attackers)
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Any,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ConAdvState:
-    queue.check_first_batches(first_batches, self.grad_fn.staleness)
-    batches = [self._place(batch) for batch in first_batches]
-
-    def local(
-      grad_fn: GradientFunction, params: Any, batches: Any, *rest: Any
-    ) -> ConAdvState:
-      model_state, key = rest
+  def init(self, call: Call) -> ConAdvState:
+    def local(grad_fn: GradientFunction, call: Call) -> ConAdvState:
       # Once, so each trainer crafts its own.
       trainer = self._own_trainer()
-      return grad_fn.init(
-        params,
-        [self._share(batch, trainer) for batch in batches],
-        model_state=model_state,
-        key=self._key_of(key, trainer),
+      call = call._replace(
+        batch=self._share(call.batch, trainer),
+        key=self._key_of(call.key, trainer),
       )
+      return call.init(grad_fn)
 
-    specs = (P(), P(self.data_axis), P(), P())
-    run = self._on_devices(local, specs, self._state_spec)
-    return jax.jit(run)(params, batches, model_state, key)
+    batches = [self._place(batch) for batch in call.batch]
+    specs = (self._call_specs._replace(state=P()),)
+    run = self._on_devices(local, specs, self._state_specs)
+    return jax.jit(run)(call._replace(batch=batches))
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    queue.check_state(state, self.grad_fn.staleness)
-    return self._compiled(
-      params, state, self._place(batch), model_state, key, denominators
-    )
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
+    queue.check_state(call.state, self.grad_fn.staleness)
+    return self._compiled(call._replace(batch=self._place(call.batch)))
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
-    def local(grad_fn: GradientFunction, state: Any, batch: Batch) -> Any:
-      return self._mean_of_trainers(self._denominators(grad_fn, state, batch))
-
-    specs = (self._state_spec, P(self.data_axis))
-    run = self._on_devices(local, specs, P())
+    specs = (self._state_specs, P(self.data_axis))
+    run = self._on_devices(self._denominators, specs, P())
     return jax.jit(run)(state, self._place(batch))
-
-  def _run(
-    self,
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    model_state: Any,
-    key: Any,
-    denominators: Denominators | None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    whole = denominators is None
-
-    def local(
-      grad_fn: GradientFunction, params: Any, state: Any, batch: Any, *rest: Any
-    ) -> Any:
-      model_state, key, denominators = rest
-      role, trainer = jax.lax.axis_index(self.role_axis), self._own_trainer()
-      newest, oldest = self._share(batch, trainer), queue.oldest(state)
-      queue.check_like(newest, oldest.batch, 'A later batch')
-      if whole and grad_fn.denominators is not None:
-        own = self._denominators(grad_fn, state, batch)
-        denominators = self._mean_of_trainers(own)
-      passes = check_passes(grad_fn, 'concurrent')
-
-      def train() -> groups.Parts:
-        output = passes.train(
-          params, model_state, oldest, self._key_of(key, trainer), denominators
-        )
-        return groups.take_apart(*output)
-
-      def attack() -> jax.Array:
-        def craft(turn: jax.Array) -> jax.Array:
-          # Of nobody in a last turn that is not for all: it is not sent.
-          served = turn * self.attackers + role - self.trainers
-          share = self._share(batch, served)
-          served_key = self._key_of(key, served)
-          return _pack(passes.craft(params, model_state, share, served_key))
-
-        return _one_by_one(craft, self.turns)
-
-      # Neither branch talks to another device, so each device runs its own.
-      parts, crafted = jax.lax.cond(
-        role < self.trainers,
-        lambda: (train(), _zeros(attack)),
-        lambda: (_zeros(train), attack()),
-      )
-      delivered = self._deliver(crafted, passes.clean(newest))
-      parts = groups.Parts(
-        self._mean_of_trainers(parts.means),
-        jax.lax.psum(parts.counts, self.axes),
-        jax.tree.map(lambda x: self._every(x[None])[0], parts.kept),
-        jax.tree.map(self._every, parts.arrays),
-      )
-      return parts, queue.push(state, Queue(newest, delivered))
-
-    by_row = P(self.data_axis)
-    parts, state = self._on_devices(
-      local,
-      (P(), self._state_spec, by_row, P(), P(), P()),
-      (groups.Parts(P(), P(), P(), by_row), self._state_spec),
-    )(params, state, batch, model_state, key, denominators)
-    output, grads = groups.put_together(parts, None, params, model_state, whole)
-    return output, grads, state
 
   @functools.cached_property
   def _compiled(self) -> Callable[..., Any]:
     return jax.jit(self._run)
+
+  def _run(self, call: Call) -> tuple[Any, Any, ConAdvState]:
+    by_row = P(self.data_axis)
+    parts, state = self._on_devices(
+      self._local,
+      (self._call_specs,),
+      (groups.Parts(P(), P(), P(), by_row), self._state_specs),
+    )(call)
+    return *groups.put_together(parts, None, call), state
+
+  def _local(self, grad_fn: GradientFunction, call: Call) -> Any:
+    """What each device does."""
+    role, trainer = jax.lax.axis_index(self.role_axis), self._own_trainer()
+    params, model_state, key = call.params, call.model_state, call.key
+    newest, oldest = self._share(call.batch, trainer), queue.oldest(call.state)
+    queue.check_like(newest, oldest.batch, 'A later batch')
+    of_mean = call.denominators
+    if of_mean is None and grad_fn.denominators is not None:
+      of_mean = self._denominators(grad_fn, call.state, call.batch)
+    passes = check_passes(grad_fn, 'concurrent')
+
+    def train() -> groups.Parts:
+      own_key = self._key_of(key, trainer)
+      return groups.take_apart(
+        *passes.train(params, model_state, oldest, own_key, of_mean)
+      )
+
+    def craft(turn: jax.Array) -> jax.Array:
+      # Of nobody in a last turn that is not for all: it is not sent.
+      served = turn * self.attackers + role - self.trainers
+      share, key_of = self._share(call.batch, served), self._key_of(key, served)
+      return _pack(passes.craft(params, model_state, share, key_of))
+
+    def attack() -> jax.Array:
+      return _one_by_one(craft, self.turns)
+
+    # Neither branch talks to another device, so each device runs its own.
+    parts, crafted = jax.lax.cond(
+      role < self.trainers,
+      lambda: (train(), _zeros(attack)),
+      lambda: (_zeros(train), attack()),
+    )
+    delivered = self._deliver(crafted, passes.clean(newest))
+    parts = groups.Parts(
+      self._mean(parts.means),
+      jax.lax.psum(parts.counts, self.axes),
+      jax.tree.map(lambda x: self._every(x[None])[0], parts.kept),
+      jax.tree.map(self._every, parts.arrays),
+    )
+    return parts, queue.push(call.state, Queue(newest, delivered))
+
+  @property
+  def _state_specs(self) -> ConAdvState:
+    return ConAdvState(P(), P(None, self.axes))
+
+  @property
+  def _call_specs(self) -> Call:
+    return Call(P(), self._state_specs, P(self.data_axis), P(), P(), P())
 
   def _on_devices(
     self, local: Callable[..., Any], in_specs: Any, out_specs: Any
@@ -275,13 +238,8 @@ class _Concurrent:
       self.grad_fn, local, self.mesh, self.axes, in_specs, out_specs
     )
 
-  @property
-  def _state_spec(self) -> ConAdvState:
-    return ConAdvState(P(), P(None, self.axes))
-
   def _place(self, batch: Batch) -> Batch:
-    batch = as_arrays(batch)
-    groups.check_divides(
+    check_divides(
       batch,
       self.all_trainers,
       'trainers',
@@ -325,13 +283,13 @@ class _Concurrent:
   def _denominators(
     self, grad_fn: GradientFunction, state: ConAdvState, batch: Batch
   ) -> Denominators:
-    """Those of a trainer; of an attacker 0."""
+    """Their mean over the trainers."""
     assert grad_fn.denominators is not None
     own = grad_fn.denominators(state, self._share(batch, self._own_trainer()))
     trains = jax.lax.axis_index(self.role_axis) < self.trainers
-    return jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own)
+    return self._mean(jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own))
 
-  def _mean_of_trainers(self, tree: Any) -> Any:
+  def _mean(self, tree: Any) -> Any:
     """Over the trainers: attackers give zeros."""
     total = jax.lax.psum(tree, self.axes)
     return jax.tree.map(lambda x: x / self.all_trainers, total)

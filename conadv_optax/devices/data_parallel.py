@@ -9,21 +9,18 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.micro_batches import check_divides
 from conadv_optax.core.numeric import abs_sq
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   LossFn,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.devices import groups
 from conadv_optax.training.plain import as_gradient_function
-from conadv_optax.training.queue import check_first_batches
 
 
 def data_parallel(
@@ -101,11 +98,7 @@ def data_parallel(
       f'(jax.device_count(),), ({axes[0] if axes else "data"!r},))`.'
     )
   grad_fn = as_gradient_function(grad_fn)
-  return gradient_function(
-    _DataParallel(grad_fn, mesh, axes, second_moment),
-    grad_fn.staleness,
-    has_denominators=grad_fn.denominators is not None,
-  )
+  return around(_DataParallel(grad_fn, mesh, axes, second_moment), grad_fn)
 
 
 @pytree('grad_fn')
@@ -115,115 +108,65 @@ class _DataParallel:
   axes: tuple[str, ...]
   second_moment: bool
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Any,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> Any:
-    check_first_batches(first_batches, self.grad_fn.staleness)
-    batches = [self._place(batch) for batch in first_batches]
-    return jax.jit(self._init)(params, batches, model_state, key)
+  def init(self, call: Call) -> Any:
+    batches = [self._place(batch) for batch in call.batch]
+    return jax.jit(self._init)(call._replace(batch=batches))
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: Any,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    return self._compiled(
-      params, state, self._place(batch), model_state, key, denominators
-    )
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, Any]:
+    return self._compiled(call._replace(batch=self._place(call.batch)))
 
   def denominators(self, state: Any, batch: Batch) -> Denominators:
-    return jax.jit(self._denominators)(state, self._place(batch))
-
-  def _init(self, params: Any, batches: Any, model_state: Any, key: Any) -> Any:
-    def local(
-      grad_fn: GradientFunction, params: Any, batches: Any, *rest: Any
-    ) -> Any:
-      model_state, key = rest
-      state = grad_fn.init(
-        params, batches, model_state=model_state, key=self._own_key(key)
-      )
-      return _own(lambda x: x[None], state)
-
-    arguments = (params, batches, model_state, key)
-    specs = (P(), P(self.axes), P(), P())
-    # What the state is made of decides how it lies on the devices.
-    state = jax.eval_shape(
-      lambda *args: self._on_devices(local, specs, P())(*args), *arguments
-    )
-    return self._on_devices(local, specs, self._specs(state))(*arguments)
-
-  def _run(
-    self,
-    params: Any,
-    state: Any,
-    batch: Batch,
-    model_state: Any,
-    key: Any,
-    denominators: Denominators | None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, Any]:
-    whole = denominators is None
-
-    def local(
-      grad_fn: GradientFunction, params: Any, state: Any, batch: Any, *rest: Any
-    ) -> Any:
-      model_state, key, denominators = rest
-      state, own = _own(lambda x: x[0], state), None
-      if grad_fn.denominators is not None:
-        own = grad_fn.denominators(state, batch)
-        denominators = self._mean(own) if whole else denominators
-      parts, moment, state = groups.run_group(
-        grad_fn,
-        params,
-        state,
-        batch,
-        model_state,
-        self._own_key(key),
-        denominators,
-      )
-      groups.check_one_kind(moment, self.second_moment)
-      means = self._mean(parts.means)
-      if moment is not None or self.second_moment:
-        share = groups.share_of_mean(own, denominators)
-        moment = self._moment(parts.means[2], means[2], moment, share)
-      counts = jax.lax.psum(parts.counts, self.axes)
-      parts = parts._replace(means=means, counts=counts)
-      return parts, moment, _own(lambda x: x[None], state)
-
-    arguments = (params, state, batch, model_state, key, denominators)
-    state_specs = self._specs(state)
-    parts, moment, state = self._on_devices(
-      local,
-      (P(), state_specs, P(self.axes), P(), P(), P()),
-      (groups.Parts(P(), P(), P(), P(self.axes)), P(), state_specs),
-    )(*arguments)
-    output, grads = groups.put_together(
-      parts, moment, params, model_state, whole
-    )
-    return output, grads, state
-
-  def _denominators(self, state: Any, batch: Batch) -> Denominators:
     def local(grad_fn: GradientFunction, state: Any, batch: Batch) -> Any:
       assert grad_fn.denominators is not None
       own = grad_fn.denominators(_own(lambda x: x[0], state), batch)
       return self._mean(own)
 
     specs = (self._specs(state), P(self.axes))
-    return self._on_devices(local, specs, P())(state, batch)
+    run = self._on_devices(local, specs, P())
+    return jax.jit(run)(state, self._place(batch))
 
   @functools.cached_property
   def _compiled(self) -> Callable[..., Any]:
     # Outside of `jit` `shard_map` knows no second axis.
     return jax.jit(self._run)
+
+  def _init(self, call: Call) -> Any:
+    def local(grad_fn: GradientFunction, call: Call) -> Any:
+      state = call._replace(key=self._own_key(call.key)).init(grad_fn)
+      return _own(lambda x: x[None], state)
+
+    specs = (self._call_specs(P()),)
+    # What the state is made of decides how it lies on the devices.
+    state = jax.eval_shape(self._on_devices(local, specs, P()), call)
+    return self._on_devices(local, specs, self._specs(state))(call)
+
+  def _run(self, call: Call) -> tuple[Any, Any, Any]:
+    def local(grad_fn: GradientFunction, call: Call) -> Any:
+      call = call._replace(
+        state=_own(lambda x: x[0], call.state), key=self._own_key(call.key)
+      )
+      own = None
+      if grad_fn.denominators is not None:
+        own = grad_fn.denominators(call.state, call.batch)
+        if call.denominators is None:
+          call = call._replace(denominators=self._mean(own))
+      parts, moment, state = groups.run_group(grad_fn, call)
+      groups.check_one_kind(moment, self.second_moment)
+      means = self._mean(parts.means)
+      if moment is not None or self.second_moment:
+        share = groups.share_of_mean(own, call.denominators)
+        moment = self._moment(parts.means[2], means[2], moment, share)
+      counts = jax.lax.psum(parts.counts, self.axes)
+      parts = parts._replace(means=means, counts=counts)
+      return parts, moment, _own(lambda x: x[None], state)
+
+    state_specs = self._specs(call.state)
+    parts, moment, state = self._on_devices(
+      local,
+      (self._call_specs(state_specs),),
+      (groups.Parts(P(), P(), P(), P(self.axes)), P(), state_specs),
+    )(call)
+    return *groups.put_together(parts, moment, call), state
 
   def _on_devices(
     self, local: Callable[..., Any], in_specs: Any, out_specs: Any
@@ -233,8 +176,7 @@ class _DataParallel:
     )
 
   def _place(self, batch: Batch) -> Batch:
-    batch = as_arrays(batch)
-    groups.check_divides(
+    check_divides(
       batch,
       math.prod(self.mesh.shape[axis] for axis in self.axes),
       'devices',
@@ -242,6 +184,9 @@ class _DataParallel:
     )
     # A mesh with explicit axes does not split an argument by itself.
     return jax.device_put(batch, NamedSharding(self.mesh, P(self.axes)))
+
+  def _call_specs(self, state: Any) -> Call:
+    return Call(P(), state, P(self.axes), P(), P(), P())
 
   def _specs(self, state: Any) -> Any:
     """How a state lies on the devices."""

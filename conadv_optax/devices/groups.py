@@ -10,22 +10,20 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from conadv_optax.core.calls import Call, hoist
 from conadv_optax.core.numeric import (
   abs_sq,
   at_least_float32,
   cast_like,
-  describe,
   is_inexact,
 )
 from conadv_optax.core.paths import path_names
 from conadv_optax.core.types import (
-  Batch,
   ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   PerGroup,
-  hoist,
 )
 
 
@@ -47,21 +45,9 @@ class Parts(NamedTuple):
   arrays: Any
 
 
-def run_group(
-  grad_fn: GradientFunction,
-  params: Any,
-  state: Any,
-  batch: Batch,
-  model_state: Any,
-  key: jax.Array | None,
-  denominators: Denominators | None,
-) -> tuple[Parts, Any, Any]:
+def run_group(grad_fn: GradientFunction, call: Call) -> tuple[Parts, Any, Any]:
   """One group's `(parts, second_moment, state)`."""
-  # A gradient function of the user's own need not know of denominators.
-  extra = {} if denominators is None else {'denominators': denominators}
-  output, grads, state = grad_fn.value_and_grad(
-    params, state, batch, model_state=model_state, key=key, **extra
-  )
+  output, grads, state = call.value_and_grad(grad_fn)
   return take_apart(output, grads), output[1].second_moment, state
 
 
@@ -114,7 +100,7 @@ def on_devices(
 
 
 def put_together(
-  parts: Parts, second_moment: Any, params: Any, model_state: Any, whole: bool
+  parts: Parts, second_moment: Any, call: Call
 ) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
   """`(loss, aux), grads` of the parts of all groups.
 
@@ -131,8 +117,9 @@ def put_together(
 
   loss, losses, grads, floats, scalars = parts.means
   state = join(floats, parts.kept)
-  if whole:
-    grads, state = cast_like(grads, params), cast_like(state, model_state)
+  if call.denominators is None:
+    grads = cast_like(grads, call.params)
+    state = cast_like(state, call.model_state)
   user = join(scalars, parts.counts, parts.arrays)
   return (loss, ConAdvAux(losses, state, user, second_moment)), grads
 
@@ -216,19 +203,6 @@ def map_state(
 def own_key(key: jax.Array | None, group: ArrayLike) -> Any:
   """The key of a group, so that no two draw the same."""
   return None if key is None else jax.random.fold_in(key, group)
-
-
-def check_divides(batch: Batch, groups: int, what: str, fix: str) -> None:
-  """The leading axis of every leaf divides evenly over the groups."""
-  for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
-    shape = jnp.shape(value)
-    if not shape or shape[0] % groups or not shape[0]:
-      raise ValueError(
-        'Every leaf of a batch is split along its leading axis, so the batch '
-        f'must be a multiple of the {groups} {what}. Leaf '
-        f'{list(path_names(path))} is {describe(value)}. Change the batch, '
-        f'drop or pad the last one of an epoch, or {fix}.'
-      )
 
 
 def check_second_moment(second_moment: Any, gradients: Any, call: str) -> None:

@@ -114,9 +114,5 @@ def _numbers(batch: Batch) -> jax.Array:
       '`augment_fn`: `functools.partial(augment, mean=mean)`.'
     )
   sharding = jax.typeof(leaves[0][1]).sharding
-  return jax.lax.broadcasted_iota(
-    jnp.uint32,
-    (sizes.pop(),),
-    0,
-    out_sharding=sharding.update(spec=P(sharding.spec[0])),
-  )
+  along = sharding.update(spec=P(sharding.spec[0]))
+  return jnp.arange(sizes.pop(), dtype=jnp.uint32, out_sharding=along)

@@ -5,13 +5,13 @@ References:
   <https://arxiv.org/abs/2006.05720>`_, 2020
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from conadv_optax.core.calls import Call, around, check_kind, pytree
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
@@ -20,14 +20,10 @@ from conadv_optax.core.numeric import (
 )
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   Denominators,
   GradientFunction,
   LossFn,
   PerGroup,
-  check_kind,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.training.loss import check_key
 from conadv_optax.training.plain import as_gradient_function
@@ -137,11 +133,8 @@ def extrapolate(
     if not callable(extrapolation):
       check_not_negative('extrapolation', extrapolation)
     rate, extrapolation = extrapolation, None
-  return gradient_function(
-    _Extrapolate(grad_fn, rate, extrapolation, direction),
-    grad_fn.staleness,
-    has_denominators=grad_fn.denominators is not None,
-  )
+  made = _Extrapolate(grad_fn, rate, extrapolation, direction)
+  return around(made, grad_fn)
 
 
 @pytree('grad_fn', 'rate')
@@ -155,62 +148,40 @@ class _Extrapolate:
   def tx(self) -> optax.GradientTransformation:
     return self.transformation or optax.sgd(self.rate)
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ExtrapolateState:
-    inner = self.grad_fn.init(
-      params, first_batches, model_state=model_state, key=key
-    )
-    zeros = jax.tree.map(jnp.zeros_like, params)
+  def init(self, call: Call) -> ExtrapolateState:
+    zeros = jax.tree.map(jnp.zeros_like, call.params)
     return ExtrapolateState(
-      inner,
+      call.init(self.grad_fn),
       PerGroup(zeros) if self.direction == 'past' else (),
-      PerGroup(self.tx.init(tree_at_least_float32(params))),
+      PerGroup(self.tx.init(tree_at_least_float32(call.params))),
     )
 
   def denominators(self, state: ExtrapolateState, batch: Batch) -> Denominators:
     assert self.grad_fn.denominators is not None
     return self.grad_fn.denominators(state.inner, batch)
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: ExtrapolateState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    **group: Any,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ExtrapolateState]:
-    check_kind(state, ExtrapolateState)
-    if self.direction == 'noise':
-      check_key(True, key)
-      noise_key, key = jax.random.split(jnp.asarray(key))
-
-    def call(at: Any) -> Any:
-      return self.grad_fn.value_and_grad(
-        at, state.inner, batch, model_state=model_state, key=key, **group
-      )
-
-    here = tree_at_least_float32(params)
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, ExtrapolateState]:
+    check_kind(call.state, ExtrapolateState)
+    state, call = call.state, call._replace(state=call.state.inner)
+    here = tree_at_least_float32(call.params)
     if self.direction == 'past':
       towards = ascent(state.past.value)
     elif self.direction == 'current':
-      towards = ascent(call(params)[1])
+      towards = ascent(call.value_and_grad(self.grad_fn)[1])
     else:
+      check_key(True, call.key)
+      noise_key, key = jax.random.split(call.key)
       towards = optax.tree.random_like(noise_key, here)
+      call = call._replace(key=key)
     own = state.extrapolation.value
     updates, _ = self.tx.update(towards, own, here)
-    ahead = cast_like(optax.tree.add(here, updates), params)
-    output, grads, inner = call(ahead)
+    ahead = cast_like(optax.tree.add(here, updates), call.params)
+    output, grads, inner = call._replace(params=ahead).value_and_grad(
+      self.grad_fn
+    )
     _, own = self.tx.update(ascent(grads), own, here)
     past: Any = ()
     if self.direction == 'past':
       # Copies, because a donated buffer must not be passed twice.
-      past = PerGroup(jax.tree.map(jnp.copy, cast_like(grads, params)))
+      past = PerGroup(jax.tree.map(jnp.copy, cast_like(grads, call.params)))
     return output, grads, ExtrapolateState(inner, past, PerGroup(own))

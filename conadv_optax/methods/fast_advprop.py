@@ -4,7 +4,7 @@ References:
   Mei et al., `Fast AdvProp <https://arxiv.org/abs/2204.09838>`_, 2022
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,28 +12,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from conadv_optax import dual_bn
-from conadv_optax.core.batches import as_arrays, first_part
-from conadv_optax.core.numeric import (
-  cast_like,
-  check_no_schedule,
-  concrete,
-  share_of,
-)
+from conadv_optax.core.batches import first_part
+from conadv_optax.core.calls import Call, gradient_function, pytree
+from conadv_optax.core.numeric import check_no_schedule, concrete, share_of
 from conadv_optax.core.paths import Leaf, LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
   Attack,
   Batch,
-  ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   LossFn,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.training.loss import Loss, split_key
-from conadv_optax.training.plain import no_memory
 from conadv_optax.training.queue import check_state
 from conadv_optax.training.steps import (
   Pass,
@@ -177,38 +169,21 @@ class _FastAdvProp:
   leaf: Leaf
   fraction: float
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ConAdvState:
-    del params, model_state, key
-    return no_memory(first_batches)
+  def init(self, call: Call) -> ConAdvState:
+    del call
+    return ConAdvState((), ())
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    batch = as_arrays(batch)
-    self.loss.check(params, model_state, key, draws=self.attack.draws)
-    check_state(state, 0)
-    check_inputs(self.leaf.get(batch))
-    attacked, rest = self._split(batch)
-    start_key, *keys = split_key(key, 4)
-    seen: Denominators = self._seen(attacked, rest)
-    shares = None
-    if denominators is not None:
-      shares = {name: seen[name] / denominators[name] for name in seen}
-      seen = denominators
+  def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
+    del state
+    return self._seen(*self._split(batch))
+
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
+    self.loss.check(call, draws=self.attack.draws)
+    check_state(call.state, 0)
+    check_inputs(self.leaf.get(call.batch))
+    attacked, rest = self._split(call.batch)
+    start_key, *keys = split_key(call.key, 4)
+    seen = call.denominators or self._seen(attacked, rest)
     w = jnp.asarray(self.attack_weight, jnp.float32)
     weights = {
       'attack': seen['adversarial'] * w,
@@ -218,15 +193,8 @@ class _FastAdvProp:
 
     def add(done: Any, name: str, key: Any, part: Batch, at: Any = None) -> Any:
       branch = 'main' if name == 'main' else 'adversarial'
-      return train(
-        self.loss,
-        self.leaf,
-        params,
-        model_state,
-        {name: Pass(branch, part, key, weights[name], at)},
-        before=done,
-        shares=shares,
-      )
+      passes = {name: Pass(branch, part, key, weights[name], at)}
+      return train(self.loss, call, passes, leaf=self.leaf, before=done)
 
     assert self.attack.one_step is not None  # `_check_attack` has seen to it.
     inputs = self.leaf.get(attacked)
@@ -236,19 +204,16 @@ class _FastAdvProp:
     attacked = self.leaf.set(attacked, crafted)
     done = add(done, 'adversarial', keys[1], attacked)
     done = add(done, 'main', keys[2], rest)
-    (loss, aux), total = collect(
-      done, params, model_state, weights, has_aux=self.loss.has_aux, whole=False
+    # The sums are means where they are divided by what went into each leaf.
+    total = jax.tree.map(
+      lambda sum_, examples: sum_ / examples,
+      done.gradients,
+      _of_leaves(call.params, seen),
     )
-    grads = jax.tree.map(
-      lambda sum_, examples: sum_ / examples, total, _of_leaves(params, seen)
+    (loss, aux), grads = collect(
+      done._replace(gradients=total), call, self.loss.has_aux
     )
-    if shares is None:
-      grads = cast_like(grads, params)
-    return (loss / sum(seen.values()), aux), grads, state
-
-  def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
-    del state
-    return self._seen(*self._split(as_arrays(batch)))
+    return (loss / sum(seen.values()), aux), grads, call.state
 
   def _split(self, batch: Batch) -> tuple[Batch, Batch]:
     """What is attacked, and the rest."""

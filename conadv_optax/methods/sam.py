@@ -14,7 +14,6 @@ References:
   Generalization in Deep Learning <https://arxiv.org/abs/2202.03599>`_, 2022
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from conadv_optax.core.calls import Call, around, check_kind, pytree
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
@@ -35,14 +35,10 @@ from conadv_optax.core.numeric import (
 )
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   Denominators,
   GradientFunction,
   LossFn,
   PerGroup,
-  check_kind,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.training.plain import as_gradient_function
 
@@ -153,11 +149,8 @@ def sam(
   check_not_negative('reuse_weight', reuse_weight)
   check_count('every', every)
   _check_penalty(penalty)
-  return gradient_function(
-    _Sam(grad_fn, radius, reuse_weight, penalty, every, axis),
-    grad_fn.staleness,
-    has_denominators=grad_fn.denominators is not None,
-  )
+  made = _Sam(grad_fn, radius, reuse_weight, penalty, every, axis)
+  return around(made, grad_fn)
 
 
 @pytree('grad_fn', 'radius', 'reuse_weight', 'penalty')
@@ -169,56 +162,34 @@ class _Sam:
   every: int
   axis: str | tuple[str, ...] | None
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> SamState:
-    inner = self.grad_fn.init(
-      params, first_batches, model_state=model_state, key=key
-    )
+  def init(self, call: Call) -> SamState:
+    inner = call.init(self.grad_fn)
     if self.every == 1:
       return SamState(inner, (), ())
-    direction = jax.tree.map(jnp.zeros_like, tree_at_least_float32(params))
+    direction = jax.tree.map(jnp.zeros_like, tree_at_least_float32(call.params))
     return SamState(inner, jnp.zeros([], jnp.int32), self._hold(direction))
 
   def denominators(self, state: SamState, batch: Batch) -> Denominators:
     assert self.grad_fn.denominators is not None
     return self.grad_fn.denominators(state.inner, batch)
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: SamState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    **group: Any,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, SamState]:
-    check_kind(state, SamState)
-
-    def call(at: Any) -> Any:
-      return self.grad_fn.value_and_grad(
-        at, state.inner, batch, model_state=model_state, key=key, **group
-      )
-
-    (loss, aux), grads, inner = call(params)
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
+    check_kind(call.state, SamState)
+    state, call = call.state, call._replace(state=call.state.inner)
+    (loss, aux), grads, inner = call.value_and_grad(self.grad_fn)
     # That of an `accumulate` inside is not of the gradient returned here.
     output = loss, aux._replace(second_moment=None)
     gradient = self._mean(tree_at_least_float32(grads))
 
     def sharp() -> Any:
       """The gradient at the worst point of the ball."""
-      ahead = unit(ascent(gradient))
-      here = tree_at_least_float32(params)
       point = jax.tree.map(
-        lambda w, d: w + jnp.asarray(self.radius, d.dtype) * d, here, ahead
+        lambda w, d: w + jnp.asarray(self.radius, d.dtype) * d,
+        tree_at_least_float32(call.params),
+        unit(ascent(gradient)),
       )
-      return tree_at_least_float32(call(cast_like(point, params))[1])
+      there = call._replace(params=cast_like(point, call.params))
+      return tree_at_least_float32(there.value_and_grad(self.grad_fn)[1])
 
     if self.every == 1:
       # Linear from here on, so the mean over devices can wait.

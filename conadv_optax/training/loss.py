@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from conadv_optax import dual_bn
+from conadv_optax.core.calls import Call
+from conadv_optax.core.micro_batches import weight_of
 from conadv_optax.core.numeric import at_least_float32, describe
 from conadv_optax.core.paths import path_names
 from conadv_optax.core.types import Batch, LossFn
@@ -39,24 +41,14 @@ class Loss:
 
   def divisor(self, batch: Batch) -> jax.Array:
     """What the loss of `batch` was divided by, float32."""
-    assert self.denominator is not None
-    value = jnp.asarray(self.denominator(batch))
-    if value.shape or jnp.iscomplexobj(value):
-      raise TypeError(
-        '`denominator(batch)` is the scalar that the loss of the batch was '
-        f'divided by. It returned {describe(value)}. Likely a sum is missing: '
-        "`denominator=lambda batch: batch['mask'].sum()`."
-      )
-    return value.astype(jnp.float32)
+    return weight_of(batch, self.denominator)
 
-  def check(
-    self, params: Any, model_state: Any, key: Any, *, draws: bool = False
-  ) -> None:
+  def check(self, call: Call, *, draws: bool = False) -> None:
     """What a call passes is what the loss takes."""
-    for tree in (params, model_state):
+    for tree in (call.params, call.model_state):
       _check_no_module(tree)
-    _check_model_state(params, model_state, self.has_state)
-    check_key(draws or self.has_key, key)
+    _check_model_state(call.params, call.model_state, self.has_state)
+    check_key(draws or self.has_key, call.key)
 
   def _unpack(
     self, output: Any, model_state: Any
@@ -64,10 +56,10 @@ class Loss:
     has_state, has_aux = self.has_state, self.has_aux
     length = f' of {len(output)}' if isinstance(output, tuple | list) else ''
     form = {
-      (False, False): 'loss',
-      (True, False): '(loss, model_state)',
-      (False, True): '(loss, aux)',
-      (True, True): '(loss, (model_state, aux))',
+      (False, False): 'the loss alone',
+      (True, False): '`(loss, model_state)`',
+      (False, True): '`(loss, aux)`',
+      (True, True): '`(loss, (model_state, aux))`',
     }[has_state, has_aux]
     parts = [output]
     for _ in range(has_state + has_aux):
@@ -78,7 +70,7 @@ class Loss:
     if len(parts) != 1 + has_state + has_aux or isinstance(loss, tuple | list):
       raise TypeError(
         f'With has_state={has_state}, has_aux={has_aux}, `loss_fn` must return '
-        f'`{form}`. It returned a {type(output).__name__}{length}. If a second '
+        f'{form}. It returned a {type(output).__name__}{length}. If a second '
         'part is the model state, say `has_state=True`; if it is anything '
         'else, `has_aux=True`.'
       )

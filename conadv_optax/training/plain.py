@@ -1,25 +1,21 @@
 """The plain step, in the form of all the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import describe
 from conadv_optax.core.types import (
   Batch,
-  ConAdvAux,
   ConAdvState,
   Denominators,
   GradientFunction,
   LossFn,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.training.loss import Loss
-from conadv_optax.training.queue import check_first_batches, check_state
+from conadv_optax.training.queue import check_state
 from conadv_optax.training.steps import Pass, collect, train
 
 
@@ -74,60 +70,24 @@ def plain(
   )
 
 
-def no_memory(
-  first_batches: Sequence[Batch],
-) -> ConAdvState:
-  """The state of a gradient function of staleness 0."""
-  check_first_batches(first_batches, 0)
-  return ConAdvState((), ())
-
-
 @pytree()
 class _Plain:
   loss: Loss
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ConAdvState:
-    del params, model_state, key
-    return no_memory(first_batches)
+  def init(self, call: Call) -> ConAdvState:
+    del call
+    return ConAdvState((), ())
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
-    self.loss.check(params, model_state, key)
-    check_state(state, 0)
-    batch = as_arrays(batch)
-    shares = None
-    if denominators is not None:
-      shares = {'main': self.loss.divisor(batch) / denominators['main']}
-    passes = {'main': Pass('main', batch, key, 1.0)}
-    trained = train(self.loss, None, params, model_state, passes, shares=shares)
-    output, grads = collect(
-      trained,
-      params,
-      model_state,
-      {'main': 1.0},
-      has_aux=self.loss.has_aux,
-      whole=shares is None,
-    )
-    return output, grads, state
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
+    self.loss.check(call)
+    check_state(call.state, 0)
+    passes = {'main': Pass('main', call.batch, call.key, 1.0)}
+    trained = train(self.loss, call, passes)
+    return *collect(trained, call, self.loss.has_aux), call.state
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
     del state
-    return {'main': self.loss.divisor(as_arrays(batch))}
+    return {'main': self.loss.divisor(batch)}
 
 
 def as_gradient_function(fn: GradientFunction | LossFn) -> GradientFunction:

@@ -1,23 +1,14 @@
 """Who waits: the ring of batches, whose newest takes the slot of the oldest."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.calls import NEXT, Call, check_kind, pytree
 from conadv_optax.core.numeric import describe
 from conadv_optax.core.paths import path_names
-from conadv_optax.core.types import (
-  Batch,
-  ConAdvAux,
-  ConAdvState,
-  Denominators,
-  Queue,
-  check_kind,
-  pytree,
-)
+from conadv_optax.core.types import Batch, ConAdvState, Denominators, Queue
 
 # `fold_in(key, 0)` is also the first key that `split` makes of `key`, so the
 # keys of `init` are apart from those of any step that counts from 0.
@@ -29,73 +20,50 @@ class Ring:
   """A step whose batches wait for `staleness` calls.
 
   Attributes:
-    step: `ConAdvStep` or `ReusedStep`. `enter(params, model_state, batch, key)`
-      is the entry of one of the first batches, and `like(batch)` its batch;
-      `run(params, model_state, oldest, newest, key, denominators)` is a step
-      and the entry of the newest, `((loss, aux), grads), entry`.
+    step: `ConAdvStep` or `ReusedStep`. `check(call, batches)` raises;
+      `enter(call, batch, key)` is the entry of one of the first batches, and
+      `like(batch)` its batch; `run(call, oldest)` is a step and the entry of
+      the newest, `((loss, aux), grads), entry`.
     staleness: the calls that a batch waits for.
   """
 
   step: Any
   staleness: int
 
-  def init(
-    self,
-    params: Any,
-    first_batches: Sequence[Batch],
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-  ) -> ConAdvState:
+  def init(self, call: Call) -> ConAdvState:
     """The state whose ring holds the first batches, attacked."""
-    check_first_batches(first_batches, self.staleness)
     if self.staleness == 0:
       return ConAdvState((), ())
-    batches = [as_arrays(batch) for batch in first_batches]
-    for batch in batches[1:]:
-      check_like(batch, batches[0], 'Every one of `first_batches`')
-    self.step.check(params, model_state, batches, key)
+    for batch in call.batch[1:]:
+      check_like(batch, call.batch[0], 'Every one of `first_batches`')
+    self.step.check(call, call.batch)
     # Compiled, so that every part of the state lies on the devices of the rest.
-    return jax.jit(self._fill)(params, model_state, batches, key)
+    return jax.jit(self._fill)(call)
 
-  def _fill(
-    self, params: Any, model_state: Any, batches: list[Batch], key: Any
-  ) -> ConAdvState:
+  def _fill(self, call: Call) -> ConAdvState:
+    key = call.key
     if key is not None:
       key = jax.random.split(jax.random.fold_in(key, _INIT), self.staleness)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *call.batch)
     entries = jax.lax.map(
-      lambda args: self.step.enter(params, model_state, *args), (stacked, key)
+      lambda args: self.step.enter(call, *args), (batches, key)
     )
     return fill(entries)
 
-  def value_and_grad(
-    self,
-    params: Any,
-    state: ConAdvState,
-    batch: Batch,
-    *,
-    model_state: Any = None,
-    key: jax.Array | None = None,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any, ConAdvState]:
+  def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
     """A step: the oldest batch leaves the ring, and the newest enters it."""
-    newest = as_arrays(batch)
-    self.step.check(params, model_state, [newest], key)
-    check_state(state, self.staleness)
-    waited = oldest(state)
+    self.step.check(call, [call.batch])
+    check_state(call.state, self.staleness)
+    waited = oldest(call.state)
     if self.staleness > 0:
-      check_like(self.step.like(newest), waited.batch, 'A later batch')
-    (output, grads), entry = self.step.run(
-      params, model_state, waited, newest, key, denominators
-    )
-    if self.staleness > 0:
-      state = push(state, entry)
+      check_like(self.step.like(call.batch), waited.batch, 'A later batch')
+    (output, grads), entry = self.step.run(call, waited)
+    state = push(call.state, entry) if self.staleness > 0 else call.state
     return output, grads, state
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
     """What the losses of a call will be divided by."""
-    return self.step.denominators(oldest(state), as_arrays(batch))
+    return self.step.denominators(oldest(state), batch)
 
 
 def fill(waiting: Queue) -> ConAdvState:
@@ -138,25 +106,6 @@ def _to(space: Any, x: jax.Array) -> jax.Array:
   return x if is_there else jax.device_put(x, space)
 
 
-_NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
-
-
-def check_first_batches(first_batches: Any, staleness: int) -> None:
-  """As many batches as the staleness."""
-  if not isinstance(first_batches, list | tuple):
-    right = {0: '[]', 1: '[batch]'}.get(staleness, _NEXT)
-    raise TypeError(
-      '`first_batches` must be a list of batches, as many as the staleness, '
-      f'here {staleness}. Given a {type(first_batches).__name__}. Write '
-      f'`grad_fn.init(params, {right})`.'
-    )
-  if len(first_batches) != staleness:
-    raise ValueError(
-      f'`init` wants the first {staleness} batches, as many as the staleness. '
-      f'Given {len(first_batches)}. Write `first_batches = {_NEXT}`.'
-    )
-
-
 def check_state(state: Any, staleness: int) -> None:
   """The ring of as many batches as the staleness."""
   check_kind(state, ConAdvState)
@@ -167,7 +116,7 @@ def check_state(state: Any, staleness: int) -> None:
       'The state holds as many batches as the staleness, here '
       f'staleness={staleness}. Given a state that holds {held}. Likely it is '
       'of a run with another staleness: restore all but the state, and write '
-      f'`state = grad_fn.init(params, {_NEXT})`.'
+      f'`state = grad_fn.init(params, {NEXT})`.'
     )
 
 

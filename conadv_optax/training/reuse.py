@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from conadv_optax.core.calls import Call, pytree
 from conadv_optax.core.numeric import at_least_float32
-from conadv_optax.core.types import Attack, Batch, Denominators, Queue, pytree
+from conadv_optax.core.types import Attack, Batch, Denominators, Queue
 from conadv_optax.training.steps import Step, check_crafted
 
 
@@ -14,11 +15,9 @@ class ReusedStep(Step):
   The gradient of the clean pass in its inputs makes the next copy.
   """
 
-  def enter(
-    self, params: Any, model_state: Any, batch: Batch, key: Any
-  ) -> Queue:
+  def enter(self, call: Call, batch: Batch, key: Any) -> Queue:
     """The entry of one of the first batches."""
-    crafted = self.craft(params, model_state, batch, key)
+    crafted = self.craft(call, batch, key)
     return Queue(self.leaf.set(self.part(batch), crafted), None)
 
   def like(self, newest: Batch) -> Batch:
@@ -27,32 +26,16 @@ class ReusedStep(Step):
     part = self.part(newest)
     return self.leaf.set(part, self.leaf.get(part))
 
-  def run(
-    self,
-    params: Any,
-    model_state: Any,
-    oldest: Any,
-    newest: Batch,
-    key: Any,
-    denominators: Denominators | None,
-  ) -> tuple[tuple[Any, Any], Queue]:
+  def run(self, call: Call, oldest: Any) -> tuple[tuple[Any, Any], Queue]:
     """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
-    output, gradient = self.train(
-      params,
-      model_state,
-      newest,
-      oldest.batch,
-      self.keys(key)[1],
-      inputs=at_least_float32(self.leaf.get(newest)),
-      denominators=denominators,
-    )
+    inputs = at_least_float32(self.leaf.get(call.batch))
+    output, gradient = self.train(call, call.batch, oldest.batch, inputs=inputs)
     assert self.attack.reuse is not None  # `check_reuse` has seen to it.
-    part = self.part(newest)
+    part = self.part(call.batch)
     clean = self.leaf.get(part)
     crafted = self.attack.reuse(gradient[: clean.shape[0]], clean)
-    return output, Queue(
-      self.leaf.set(part, check_crafted(crafted, clean)), None
-    )
+    crafted = check_crafted(crafted, clean)
+    return output, Queue(self.leaf.set(part, crafted), None)
 
   def denominators(self, oldest: Any, newest: Batch) -> Denominators:
     """What the losses of a step are divided by."""

@@ -1,4 +1,4 @@
-"""What a step is made of: the loss of a branch, craft, and train."""
+"""What a step is made of: craft, and train."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from conadv_optax import dual_bn
 from conadv_optax.core.batches import first_part
+from conadv_optax.core.calls import Call, pytree
 from conadv_optax.core.numeric import (
   add_weighted,
   at_least_float32,
@@ -26,7 +27,6 @@ from conadv_optax.core.types import (
   Denominators,
   GradientFunction,
   Passes,
-  pytree,
 )
 from conadv_optax.training.loss import Loss, split_key
 
@@ -51,13 +51,15 @@ class Step:
   views: Mapping[str, Leaf]
   fraction: float
 
-  def check(
-    self, params: Any, model_state: Any, batches: Sequence[Batch], key: Any
-  ) -> None:
+  def check(self, call: Call, batches: Sequence[Batch]) -> None:
     """Raises where a call passes what the step cannot take."""
-    self.loss.check(params, model_state, key, draws=self.attack.draws)
+    self.loss.check(call, draws=self.attack.draws)
     for batch in batches:
       check_inputs(self.leaf.get(batch))
+
+  def passes(self) -> Passes | None:
+    """Craft and train apart, where they can be."""
+    return None
 
   def part(self, batch: Batch) -> Batch:
     """The examples that are attacked."""
@@ -69,84 +71,49 @@ class Step:
     attack_key, *branch_keys = split_key(key, 1 + len(branches))
     return attack_key, dict(zip(branches, branch_keys, strict=True))
 
-  def craft(
-    self, params: Any, model_state: Any, batch: Batch, key: Any
-  ) -> jax.Array:
+  def craft(self, call: Call, batch: Batch, key: Any) -> jax.Array:
     """The attack pass: adversarial inputs of the first part of a batch."""
     batch = self.part(batch)
 
     def loss(batch: Batch, key: Any) -> jax.Array:
-      return self.loss('adversarial', params, model_state, batch, key)[0]
+      return self.loss(
+        'adversarial', call.params, call.model_state, batch, key
+      )[0]
 
     divisor = self.loss.denominator and self.loss.divisor(batch)
     return craft(self.attack, self.leaf, loss, batch, key, divisor=divisor)
 
   def divisors(self, clean: Batch, attacked: Batch) -> Denominators:
     """What the losses of these examples are divided by."""
-    return {
-      branch: self.loss.divisor(batch)
-      for branch, batch in self._examples(clean, attacked).items()
-    }
+    examples = self._examples(clean, attacked)
+    return {name: self.loss.divisor(batch) for name, batch in examples.items()}
 
   def train(
     self,
-    params: Any,
-    model_state: Any,
+    call: Call,
     clean: Batch,
     attacked: Batch,
-    keys: Mapping[str, Any],
     *,
     inputs: jax.Array | None = None,
     after: Any = None,
-    denominators: Denominators | None = None,
   ) -> tuple[tuple[tuple[jax.Array, ConAdvAux], Any], Any]:
     """`((loss, aux), grads), input_gradient`: one pass for each branch.
 
     Args:
-      params: the parameters.
-      model_state: the model state.
+      call: the call of the step.
       clean: the clean examples.
       attacked: the adversarial ones.
-      keys: of the branches.
       inputs: the clean inputs, where the gradient in them is wanted too.
       after: what is to be computed first.
-      denominators: those of the mean, where this is one group's part of it.
     """
-    examples = self._examples(clean, attacked)
-    shares = None
-    if denominators is not None:
-      shares = {
-        branch: self.loss.divisor(batch) / denominators[branch]
-        for branch, batch in examples.items()
-      }
+    _, keys = self.keys(call.key)
+    of_pass = {'main': inputs}
     passes = {
-      branch: Pass(
-        branch,
-        batch,
-        keys[branch],
-        self.weights[branch],
-        inputs if branch == 'main' else None,
-      )
-      for branch, batch in examples.items()
+      name: Pass(name, batch, keys[name], self.weights[name], of_pass.get(name))
+      for name, batch in self._examples(clean, attacked).items()
     }
-    trained = train(
-      self.loss,
-      self.leaf,
-      params,
-      model_state,
-      passes,
-      after=after,
-      shares=shares,
-    )
-    output = collect(
-      trained,
-      params,
-      model_state,
-      self.weights,
-      has_aux=self.loss.has_aux,
-      whole=shares is None,
-    )
-    return output, trained.of_inputs
+    trained = train(self.loss, call, passes, leaf=self.leaf, after=after)
+    return collect(trained, call, self.loss.has_aux), trained.of_inputs
 
   def _examples(self, clean: Batch, attacked: Batch) -> dict[str, Batch]:
     views = {
@@ -220,6 +187,7 @@ class Trained(NamedTuple):
   Attributes:
     losses: the loss of each pass.
     auxes: the user's own output of each.
+    weights: the weight of each.
     states: the model state of each branch.
     gradients: the weighted sum, at least float32; None is zero.
     of_inputs: the gradient in the inputs, where a pass was asked for it.
@@ -227,6 +195,7 @@ class Trained(NamedTuple):
 
   losses: dict[str, jax.Array]
   auxes: dict[str, Any]
+  weights: dict[str, ArrayLike]
   states: dict[str, Any]
   gradients: Any = None
   of_inputs: Any = None
@@ -234,36 +203,34 @@ class Trained(NamedTuple):
 
 def train(
   loss: Loss,
-  leaf: Leaf | None,
-  params: Any,
-  model_state: Any,
+  call: Call,
   passes: Mapping[str, Pass],
   *,
+  leaf: Leaf | None = None,
   before: Trained | None = None,
   after: Any = None,
-  shares: Denominators | None = None,
 ) -> Trained:
   """The training passes, one at a time, and none before `after` is there.
 
   Left to itself the compiler interleaves them and keeps the activations of all.
 
-  With `shares`, by branch, the passes are those of one group, and what they
-  return is its part of a mean over groups, at least float32.
+  Where the call is one group's part of a mean over groups, so is what a pass
+  returns, at least float32.
   """
-  done = before or Trained({}, {}, {})
+  done = before or Trained({}, {}, {}, {})
   for name, one in passes.items():
-    theta, total = params, done.gradients
+    params, total = call.params, done.gradients
     if jax.tree.leaves((after, total)):
-      theta, (after, total) = jax.lax.optimization_barrier(
+      params, (after, total) = jax.lax.optimization_barrier(
         (params, (after, total))
       )
-    share = None if shares is None else shares[one.branch]
     (after, (state, aux)), gradients, of_inputs = _one_pass(
-      loss, leaf, theta, model_state, one, share
+      loss, leaf, call._replace(params=params), one
     )
     done = Trained(
       {**done.losses, name: after},
       {**done.auxes, name: aux},
+      {**done.weights, name: one.weight},
       {**done.states, one.branch: state},
       add_weighted(total, one.weight, gradients),
       done.of_inputs if of_inputs is None else of_inputs,
@@ -272,14 +239,12 @@ def train(
 
 
 def _one_pass(
-  loss: Loss,
-  leaf: Leaf | None,
-  params: Any,
-  model_state: Any,
-  one: Pass,
-  share: jax.Array | None,
+  loss: Loss, leaf: Leaf | None, call: Call, one: Pass
 ) -> tuple[Any, Any, Any]:
   """`(loss, (model_state, aux)), gradients, of_inputs`."""
+  share = None
+  if call.denominators is not None:
+    share = loss.divisor(one.batch) / call.denominators[one.branch]
 
   def part(x: Any) -> Any:
     if share is None or not is_inexact(x):
@@ -291,7 +256,7 @@ def _one_pass(
     if inputs is not None:
       assert leaf is not None
       batch = leaf.set(batch, inputs.astype(leaf.get(batch).dtype))
-    value, rest = loss(one.branch, params, model_state, batch, one.key)
+    value, rest = loss(one.branch, params, call.model_state, batch, one.key)
     # Inside of what is differentiated: where a loss talks to other devices, its
     # gradient is a sum over the losses of all.
     return part(value), rest
@@ -299,7 +264,7 @@ def _one_pass(
   wants_inputs = one.inputs is not None
   (value, (state, aux)), gradients = jax.value_and_grad(
     objective, argnums=(0, 1) if wants_inputs else 0, has_aux=True
-  )(params, one.inputs)
+  )(call.params, one.inputs)
   if share is not None:
     # Of padding alone: the derivative of 0 / 0 is no number, even times 0.
     gradients = jax.tree.map(
@@ -314,48 +279,37 @@ def _one_pass(
 
 
 def collect(
-  trained: Trained,
-  params: Any,
-  model_state: Any,
-  weights: Mapping[str, ArrayLike],
-  *,
-  has_aux: bool,
-  whole: bool,
+  trained: Trained, call: Call, has_aux: bool
 ) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
-  """`(loss, aux), grads` of all passes.
-
-  The gradients of a whole have the dtypes of the parameters, those of a part of
-  a mean are at least float32.
-  """
-  loss = sum(weighted(weights[name], x) for name, x in trained.losses.items())
-  if isinstance(model_state, dual_bn.Branched):
-    new_state = model_state
-    for branch, state in trained.states.items():
-      new_state = dual_bn.replace(new_state, branch, state)
+  """`(loss, aux), grads` of all passes."""
+  loss = sum(
+    weighted(trained.weights[name], x) for name, x in trained.losses.items()
+  )
+  state = call.model_state
+  if isinstance(state, dual_bn.Branched):
+    for branch, new in trained.states.items():
+      state = dual_bn.replace(state, branch, new)
   else:
-    new_state = _shared_state(trained.states, weights)
-  aux = ConAdvAux(trained.losses, new_state, trained.auxes if has_aux else None)
+    state = _shared_state(trained)
+  aux = ConAdvAux(trained.losses, state, trained.auxes if has_aux else None)
   grads = trained.gradients
-  if whole:
-    grads = cast_like(grads, params)
+  if call.denominators is None:
+    grads = cast_like(grads, call.params)
   return (jnp.asarray(loss), aux), grads
 
 
-def _shared_state(
-  states: Mapping[str, Any], weights: Mapping[str, ArrayLike]
-) -> Any:
-  """That of the main branch, or of the first other one that has weight."""
-  chosen = states['main']
-  for branch in sorted(states, key=lambda name: name == 'main'):
-    number = concrete(weights[branch])
-    if number is None:
+def _shared_state(trained: Trained) -> Any:
+  """That of the main branch, or of another one where that has no weight."""
+  chosen = trained.states['main']
+  for branch in sorted(trained.states, key=lambda name: name == 'main'):
+    state, weight = trained.states[branch], trained.weights[branch]
+    number = concrete(weight)
+    if number is not None:
+      chosen = state if number != 0 else chosen
+    else:
       chosen = jax.tree.map(
-        lambda x, y, w=weights[branch]: jnp.where(w != 0, x, y),
-        states[branch],
-        chosen,
+        lambda x, y, weight=weight: jnp.where(weight != 0, x, y), state, chosen
       )
-    elif number != 0:
-      chosen = states[branch]
   return chosen
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from conadv_optax.attacks.pgd import pgd
+from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
   check_no_schedule,
   concrete,
@@ -27,14 +29,11 @@ from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
   Attack,
   Batch,
-  ConAdvAux,
   Denominators,
   GradientFunction,
   LossFn,
   Passes,
   Queue,
-  gradient_function,
-  pytree,
 )
 from conadv_optax.training.loss import Loss
 from conadv_optax.training.queue import Ring
@@ -195,19 +194,14 @@ def wrap(
     },
     adversarial_fraction,
   )
-  step: Step
-  passes = None
   if reuse_gradient:
     check_reuse(attack, staleness)
-    step = ReusedStep(*fields)
-  else:
-    step = ConAdvStep(*fields)
-    passes = Passes(step.craft_alone, step.train_alone, step.clean)
+  step = (ReusedStep if reuse_gradient else ConAdvStep)(*fields)
   return gradient_function(
     Ring(step, staleness),
     staleness,
     has_denominators=denominator is not None,
-    passes=passes,
+    passes=step.passes(),
   )
 
 
@@ -215,39 +209,19 @@ def wrap(
 class ConAdvStep(Step):
   """Trains on the batch that has waited, and attacks the newest."""
 
-  def enter(
-    self, params: Any, model_state: Any, batch: Batch, key: Any
-  ) -> Queue:
-    """The entry of one of the first batches."""
-    return Queue(batch, self.craft(params, model_state, batch, key))
+  def enter(self, call: Call, batch: Batch, key: Any) -> Queue:
+    """The entry of a batch."""
+    return Queue(batch, self.craft(call, batch, key))
 
   def like(self, newest: Batch) -> Batch:
     """The batch of the entry of `newest`, in its shapes and dtypes."""
     return newest
 
-  def run(
-    self,
-    params: Any,
-    model_state: Any,
-    oldest: Any,
-    newest: Batch,
-    key: Any,
-    denominators: Denominators | None,
-  ) -> tuple[tuple[Any, Any], Queue]:
+  def run(self, call: Call, oldest: Any) -> tuple[tuple[Any, Any], Queue]:
     """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
-    attack_key, keys = self.keys(key)
-    entry = self.enter(params, model_state, newest, attack_key)
+    entry = self.enter(call, call.batch, self.keys(call.key)[0])
     # With staleness 0 nothing waits, and the newest is trained on.
-    waited = oldest or entry
-    output, _ = self.train(
-      params,
-      model_state,
-      waited.batch,
-      self._attacked(waited),
-      keys,
-      after=entry.adversarial,
-      denominators=denominators,
-    )
+    output = self._train(call, oldest or entry, after=entry.adversarial)
     return output, entry
 
   def denominators(self, oldest: Any, newest: Batch) -> Denominators:
@@ -255,35 +229,32 @@ class ConAdvStep(Step):
     clean = oldest.batch if oldest else newest
     return self.divisors(clean, self.part(clean))
 
-  def _attacked(self, waiting: Queue) -> Batch:
-    return self.leaf.set(self.part(waiting.batch), waiting.adversarial)
+  def _train(self, call: Call, waiting: Queue, after: Any = None) -> Any:
+    part = self.part(waiting.batch)
+    attacked = self.leaf.set(part, waiting.adversarial)
+    return self.train(call, waiting.batch, attacked, after=after)[0]
+
+  def passes(self) -> Passes:
+    """Craft and train apart, for callers who have checked nothing."""
+    kind = type(self)
+    alone = kind.craft_alone, kind.train_alone, kind.clean
+    return Passes(*(Partial(method, self) for method in alone))
 
   def craft_alone(
     self, params: Any, model_state: Any, batch: Batch, key: Any
   ) -> jax.Array:
-    """`craft` for a caller who has checked nothing."""
-    self.check(params, model_state, [batch], key)
-    return self.craft(params, model_state, batch, self.keys(key)[0])
+    """The adversarial inputs of a batch."""
+    call = Call(params, None, batch, model_state, key)
+    self.check(call, [batch])
+    return self.craft(call, batch, self.keys(key)[0])
 
   def train_alone(
-    self,
-    params: Any,
-    model_state: Any,
-    waiting: Queue,
-    key: Any,
-    denominators: Denominators | None = None,
-  ) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
-    """`train` on an entry of the ring, likewise."""
-    self.check(params, model_state, [waiting.batch], key)
-    output, _ = self.train(
-      params,
-      model_state,
-      waiting.batch,
-      self._attacked(waiting),
-      self.keys(key)[1],
-      denominators=denominators,
-    )
-    return output
+    self, params: Any, model_state: Any, waiting: Queue, key: Any, *rest: Any
+  ) -> Any:
+    """`(loss, aux), grads` on an entry of the ring."""
+    call = Call(params, None, waiting.batch, model_state, key, *rest)
+    self.check(call, [waiting.batch])
+    return self._train(call, waiting)
 
   def clean(self, batch: Batch) -> jax.Array:
     """The inputs that are attacked."""
