@@ -99,10 +99,6 @@ def scale_by_gsnr(
       'swapped: `min_ratio=0.1, max_ratio=1.0`.'
     )
 
-  def init_fn(params: optax.Params) -> optax.EmptyState:
-    del params
-    return optax.EmptyState()
-
   def update_fn(
     updates: optax.Updates,
     state: optax.EmptyState,
@@ -140,4 +136,6 @@ def scale_by_gsnr(
 
     return jax.tree.map(leaf, updates, second_moment), state
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, update_fn
+  )
