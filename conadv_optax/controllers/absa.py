@@ -170,18 +170,13 @@ def absa(
     )
 
   def update_fn(eigenvalue: ArrayLike, state: AbsaState) -> AbsaState:
-    check_order(
-      'controller.update(pairs.values[0], state)',
-      state,
-      AbsaState,
-      measured=eigenvalue,
-    )
+    call = 'controller.update(pairs.values[0], state)'
+    check_order(call, state, AbsaState, measured=eigenvalue)
     eigenvalue = jnp.asarray(eigenvalue, jnp.float32)
     usable = jnp.isfinite(eigenvalue) & (eigenvalue > 0)
     evaluations, waited = state.evaluations + 1, state.waited + 1
-    is_flatter = jnp.bool_(False)
-    if shrink is not None:
-      is_flatter = usable & (eigenvalue <= shrink * state.reference)
+    # Nothing usable is below a share of 0.
+    is_flatter = usable & (eigenvalue <= (shrink or 0.0) * state.reference)
     grows = is_flatter
     if patience is not None:
       grows |= waited >= patience

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.controllers.order import check_order
@@ -146,8 +147,10 @@ def noise_scale(
     call = 'tracker.update(grads, state, second_moment=aux.second_moment)'
     check_order(call, state, NoiseScaleState)
     check_second_moment(second_moment, grads, call)
-    large = _total(jax.tree.map(abs_sq, grads))
-    small = _total(second_moment)
+    large, small = (
+      optax.tree.sum(optax.tree.cast(squares, jnp.float32))
+      for squares in (jax.tree.map(abs_sq, grads), second_moment)
+    )
     # The mean of squares is no smaller than the square of the mean, but for
     # rounding.
     noise = batch_size * jnp.maximum(small - large, 0.0) / (groups - 1)
@@ -157,25 +160,12 @@ def noise_scale(
     weight = kept * state.weight + (1 - kept)
     step = (1 - kept) / weight
     is_finite = jnp.isfinite(noise) & jnp.isfinite(signal)
-    state = jax.tree.map(
-      lambda new, old: jnp.where(is_finite, new, old),
-      NoiseScaleState(
-        weight,
-        state.noise + step * (noise - state.noise),
-        state.signal + step * (signal - state.signal),
-      ),
-      state,
+    moved = NoiseScaleState(
+      weight,
+      state.noise + step * (noise - state.noise),
+      state.signal + step * (signal - state.signal),
     )
-    scale = jnp.where(
-      state.signal > 0,
-      state.noise / jnp.where(state.signal > 0, state.signal, 1.0),
-      jnp.where((state.noise == 0) & (state.signal == 0), jnp.nan, jnp.inf),
-    )
-    return scale, state
+    state = optax.tree.where(is_finite, moved, state)
+    return state.noise / jnp.maximum(state.signal, 0.0), state
 
   return NoiseScale(init_fn, update_fn)
-
-
-def _total(tree: Any) -> jax.Array:
-  sums = [jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree)]
-  return jnp.sum(jnp.stack(sums))

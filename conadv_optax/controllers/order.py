@@ -15,9 +15,11 @@ def check_order(
   is_leaf = jax.tree_util.all_leaves([measured])
   is_scalar = is_leaf and not jnp.ndim(measured)
   if not is_scalar or not isinstance(state, kind):
-    given = type(state).__name__ if is_scalar else f'{describe(measured):.80}'
-    wanted = kind.__name__ if is_scalar else 'scalar'
+    given, wanted = (
+      (state, kind.__name__) if is_scalar else (measured, 'scalar')
+    )
     raise TypeError(
       '`update` takes what was measured, then the state, then the rest, as '
-      f'`optax` does. Given {given} in place of the {wanted}. Write `{call}`.'
+      f'`optax` does. Given {describe(given):.80} in place of the {wanted}. '
+      f'Write `{call}`.'
     )

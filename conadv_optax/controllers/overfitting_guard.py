@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.controllers.order import check_order
@@ -129,21 +130,15 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
   def update_fn(
     robust_accuracy: ArrayLike, state: OverfittingGuardState, tree: Any
   ) -> tuple[Any, OverfittingGuardState]:
-    check_order(
-      'guard.update(robust_accuracy, state, tree)',
-      state,
-      OverfittingGuardState,
-      measured=robust_accuracy,
-    )
+    call = 'guard.update(robust_accuracy, state, tree)'
+    check_order(call, state, OverfittingGuardState, measured=robust_accuracy)
     _check_share('robust_accuracy', robust_accuracy)
     accuracy = jnp.asarray(robust_accuracy, jnp.float32)
     lowest = state.robust_accuracy - jnp.asarray(max_drop, jnp.float32)
     # An accuracy of nan does not hold.
     holds = accuracy >= lowest
     tripped = state.tripped | ~holds
-    tree = jax.tree.map(
-      lambda old, new: jnp.where(tripped, old, new), state.kept, tree
-    )
+    tree = optax.tree.where(tripped, state.kept, tree)
     return tree, OverfittingGuardState(
       jax.tree.map(jnp.copy, tree),
       jnp.where(tripped, state.robust_accuracy, accuracy),

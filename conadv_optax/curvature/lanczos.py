@@ -46,19 +46,15 @@ def lanczos(
   matvec: Callable[[Any], Any], start: Any, degree: int, key: jax.Array
 ) -> Lanczos:
   """`degree` products with `matvec`, from a float32 start other than zero."""
-  # Broadcast, so that it is spread over devices as the vectors are.
+  # Zeros that are spread over devices as the vectors are.
   basis = jax.tree.map(
-    lambda x: jnp.broadcast_to(jnp.zeros_like(x), (degree, *x.shape)), start
+    lambda x: jnp.broadcast_to(0 * x, (degree, *x.shape)), start
   )
 
   def step(carry: Any, j_and_key: Any) -> Any:
     vector, basis, scale = carry
     j, fresh_key = j_and_key
-    basis = jax.tree.map(
-      lambda q, x: jax.lax.dynamic_update_index_in_dim(q, x, j, 0),
-      basis,
-      vector,
-    )
+    basis = jax.tree.map(lambda q, x: q.at[j].set(x), basis, vector)
     product = matvec(vector)
     diagonal = dot(vector, product)
     scale = jnp.maximum(scale, optax.tree.norm(product))

@@ -6,25 +6,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.losses import float32_point, mean_loss, value_and_grad
+from conadv_optax.core.losses import float32_point, value_and_grad
 from conadv_optax.core.micro_batches import (
   Denominator,
+  cut,
   join,
   mean_over,
-  split,
+  part_of,
   weight_of,
 )
 from conadv_optax.core.numeric import add_weighted, describe
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
-from conadv_optax.core.types import Batch
+from conadv_optax.core.types import Batch, LossFn
 
 Operator = Callable[[Any], Any]
 """Multiplies a float32 pytree by a symmetric matrix."""
 
 
 def operator(
-  loss_fn: Callable[[Any, Batch], jax.Array],
+  loss_fn: LossFn,
   params: Any,
   batch: Batch,
   *,
@@ -84,19 +85,18 @@ def operator(
 
   def product(vector: Any) -> Any:
     _check_like(vector, point)
-
-    def part(batch: Batch) -> Any:
-      return _product(
-        lambda params: mean_loss(loss_fn, params, batch), params, batch, vector
-      )
-
-    return mean_over(part, batch, micro_batches, denominator)
+    return mean_over(
+      lambda part: _product(loss_fn, params, part, vector),
+      batch,
+      micro_batches,
+      denominator,
+    )
 
   return product
 
 
 def input_operator(
-  loss_fn: Callable[[Any, Batch], jax.Array],
+  loss_fn: LossFn,
   params: Any,
   batch: Batch,
   *,
@@ -153,36 +153,37 @@ def input_operator(
   leaf = _leaf(inputs, argument='inputs')
   point = float32_point(leaf.get(batch))
 
-  def part(batch: Batch, vector: jax.Array) -> jax.Array:
-    return _product(
-      lambda x: mean_loss(loss_fn, params, leaf.set(batch, x)),
-      leaf.get(batch),
-      batch,
+  def weighed(part: Batch, vector: jax.Array) -> Any:
+    result = _product(
+      lambda x, part: loss_fn(params, leaf.set(part, x)),
+      leaf.get(part),
+      part,
       vector,
     )
-
-  def weighed(args: tuple[Batch, jax.Array]) -> Any:
-    result = (jnp.float32(1), part(*args))
-    return add_weighted(None, weight_of(args[0], denominator), result)
+    weight = weight_of(part, denominator)
+    return add_weighted(None, weight, (result, jnp.float32(1)))
 
   def product(vector: jax.Array) -> jax.Array:
     _check_like(vector, point)
     if micro_batches == 1:
-      return part(batch, vector)
-    parts = split((batch, vector), micro_batches)
-    weights, products = jax.lax.map(weighed, parts)
-    return join(products) / jnp.sum(weights)
+      result, weights = weighed(batch, vector)
+    else:
+      parts = cut((batch, vector), micro_batches)
+      result, weights = jax.lax.map(
+        lambda i: weighed(*part_of(parts, i)), jnp.arange(micro_batches)
+      )
+      result = join(result)
+    return result / jnp.sum(weights)
 
   return product
 
 
-def _product(
-  loss: Callable[[Any], jax.Array], like: Any, batch: Batch, vector: Any
-) -> Any:
-  """The Hessian of a mean over `batch` at `like`, times the vector."""
-  gradient = value_and_grad(loss, like, batch)
+def _product(loss_fn: LossFn, like: Any, batch: Batch, vector: Any) -> Any:
+  """The Hessian of the mean loss at `like`, times the vector."""
   return jax.jvp(
-    lambda point: gradient(point)[1], (float32_point(like),), (vector,)
+    lambda point: value_and_grad(loss_fn, like, batch, point)[1],
+    (float32_point(like),),
+    (vector,),
   )[1]
 
 

@@ -5,7 +5,6 @@ References:
   and Sharp Minima <https://arxiv.org/abs/1609.04836>`_, 2017
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.losses import float32_point, mean_loss, value_and_grad
+from conadv_optax.core.losses import float32_point, value_and_grad
 from conadv_optax.core.micro_batches import Denominator, mean_over
 from conadv_optax.core.numeric import check_count, check_not_negative, unit
-from conadv_optax.core.types import Batch
+from conadv_optax.core.types import Batch, LossFn
 from conadv_optax.curvature.vectors import random_like
 
 
@@ -36,7 +35,7 @@ class Sharpness(NamedTuple):
 
 
 def sharpness(
-  loss_fn: Callable[[Any, Batch], jax.Array],
+  loss_fn: LossFn,
   params: Any,
   batch: Batch,
   radius: ArrayLike,
@@ -111,12 +110,13 @@ def sharpness(
   center = float32_point(params)
 
   def loss_and_gradient(shift: Any) -> tuple[jax.Array, Any]:
-    def part(batch: Batch) -> tuple[jax.Array, Any]:
-      return value_and_grad(
-        lambda params: mean_loss(loss_fn, params, batch), params, batch
-      )(optax.tree.add(center, shift))
-
-    return mean_over(part, batch, micro_batches, denominator)
+    point = optax.tree.add(center, shift)
+    return mean_over(
+      lambda part: value_and_grad(loss_fn, params, part, point),
+      batch,
+      micro_batches,
+      denominator,
+    )
 
   def step(shift: Any, size: jax.Array) -> tuple[Any, jax.Array]:
     value, gradient = loss_and_gradient(shift)
@@ -135,7 +135,5 @@ def sharpness(
 
 
 def _project(shift: Any, radius: jax.Array) -> Any:
-  length = optax.tree.norm(shift)
-  outside = length > radius
-  factor = jnp.where(outside, radius / jnp.where(outside, length, 1.0), 1.0)
-  return optax.tree.scale(factor, shift)
+  length = jnp.maximum(optax.tree.norm(shift), jnp.finfo(jnp.float32).tiny)
+  return optax.tree.scale(jnp.minimum(1.0, radius / length), shift)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.losses import float32_point
@@ -116,12 +117,12 @@ def top_eigenpairs(
   space = float32_point(like)
   check_count('iterations', iterations)
   check_count('n', n)
-  iterations = min(iterations, _dimensions(space))
+  iterations = min(iterations, optax.tree.size(space))
   if n > iterations:
     raise ValueError(
       'As many eigenpairs can be found as there are products, and not more '
       f'than there are dimensions. Given n={n} for {iterations} iterations in '
-      f'{_dimensions(space)} dimensions. Write `iterations={2 * n}` or more.'
+      f'{optax.tree.size(space)} dimensions. Write `iterations={2 * n}`.'
     )
   start_key, fresh_key = jax.random.split(key)
   start = random_like(start_key, space)
@@ -245,7 +246,7 @@ def spectral_density(
   space = float32_point(like)
   check_count('degree', degree)
   check_count('probes', probes)
-  degree = min(degree, _dimensions(space))
+  degree = min(degree, optax.tree.size(space))
 
   def probe(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     start_key, fresh_key = jax.random.split(key)
@@ -298,7 +299,3 @@ def smoothed_density(
   sigma = jnp.sqrt(jnp.asarray(variance, nodes.dtype))
   heights = jax.scipy.stats.norm.pdf(grid[:, None], nodes[None], sigma)
   return jnp.dot(heights, weights, precision=jax.lax.Precision.HIGHEST)
-
-
-def _dimensions(space: Any) -> int:
-  return sum(x.size for x in jax.tree.leaves(space))

@@ -347,5 +347,5 @@ def test_arguments_in_another_order_are_told(jit):
     update(state, 3.0)
   with pytest.raises(TypeError, match=rf'Given float32\[3\].*{write}'):
     update(jnp.ones(3), state)
-  with pytest.raises(TypeError, match=rf'Given tuple in place of .*{write}'):
+  with pytest.raises(TypeError, match=rf'in place of the AbsaState.*{write}'):
     update(3.0, tuple(state))

@@ -93,6 +93,14 @@ def test_on_eight_devices_it_is_the_same(places, axis_type):
     assert ('model' in vectors.sharding.spec) == (places is TWO_AXES)
 
 
+def test_outside_of_jit_explicit_axes_are_the_same():
+  whole, spread = on_devices(TWO_AXES, AxisType.Explicit)
+  found, _, _ = analyse.__wrapped__(*spread)
+  expected, _, _ = analyse(*whole)
+  np.testing.assert_allclose(found.values, expected.values, rtol=1e-4)
+  assert found.vectors['a'].sharding.spec == P(None, 'model')
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
 def test_vectors_are_float32_with_64_bits_enabled(dtype):
   with jax.enable_x64(True):

@@ -17,7 +17,7 @@ from small_net import (
 )
 
 from conadv_optax import hessian
-from conadv_optax.core.micro_batches import join, split
+from conadv_optax.core.micro_batches import cut, join, part_of
 
 
 def as_matrix(matvec, like):
@@ -169,15 +169,16 @@ def test_micro_batches_of_a_sharded_batch_stay_on_their_devices(
 def test_parts_are_strided_and_stay_where_they_are(places, axis_type, jit):
   _, sharding = make_mesh(places, axis_type)
   batch = np.arange(96).reshape(32, 3)
-  cut = (
-    (lambda x: jax.jit(split, static_argnums=1)(x, 4))
-    if jit
-    else (lambda x: split(x, 4))
-  )
-  parts = cut(jax.device_put(batch, sharding))
+
+  def take_apart(batch):
+    parts = cut(batch, 4)
+    return jnp.stack([part_of(parts, jnp.int32(i)) for i in range(4)])
+
+  apart, together = map(jax.jit if jit else lambda f: f, (take_apart, join))
+  parts = apart(jax.device_put(batch, sharding))
   np.testing.assert_array_equal(parts, [batch[i::4] for i in range(4)])
   assert parts.sharding.spec[:2] == (None, *sharding.spec)
-  joined = (jax.jit(join) if jit else join)(parts)
+  joined = together(parts)
   np.testing.assert_array_equal(joined, batch)
   assert joined.sharding.spec[0] == sharding.spec[0]
 
@@ -186,9 +187,9 @@ def test_parts_are_strided_and_stay_where_they_are(places, axis_type, jit):
 def test_explicit_parts_that_do_not_fill_the_devices_are_told(places):
   _, sharding = make_mesh(places, AxisType.Explicit)
   batch = jax.device_put({'x': np.ones((8, 3))}, sharding)
-  says = r"2 micro-batches on each device\. Leaf \['x'\] is float32\[1,3\]"
+  says = r"the 16 parts, 2 micro-batches on each of 8 devices\. Leaf \['x'\]"
   with pytest.raises(ValueError, match=says):
-    split(batch, 2)
+    cut(batch, 2)
 
 
 def test_micro_batches_take_the_memory_of_one():
