@@ -20,8 +20,9 @@ class Ball(NamedTuple):
   Attributes:
     project: `project(perturbed, inputs, radius)`, the nearest point of the ball
       around `inputs` (along the ray from there, for unequal radii in L2).
-    step: `step(gradient, size)`, the steepest step of that size; zero for a
-      gradient of zero, and for infinite entries the limit of large ones.
+    step: `step(gradient, size)`, the steepest step of that size, downwards if
+      it is negative; zero for a gradient of zero, and for infinite entries the
+      limit of large ones.
     draw: `draw(key, like)`, uniform in the unit ball, of the shape of `like`.
   """
 
@@ -63,7 +64,7 @@ def _step_l2(gradient: jax.Array, size: jax.Array) -> jax.Array:
   limit = jnp.where(huge, jnp.sign(gradient), 0.0)
   direction, _ = _measure(jnp.where(_of_each(jnp.any, huge), limit, gradient))
   # In an ellipsoid the steepest direction is that of the scaled gradient.
-  return size * _measure(size * direction)[0]
+  return size * _measure(jnp.abs(size) * direction)[0]
 
 
 def _draw_l2(key: jax.Array, like: jax.Array) -> jax.Array:
@@ -94,6 +95,7 @@ class Region(NamedTuple):
     ball: the geometry.
     clean: the batch.
     radius: of the ball, of the rank of `clean`.
+    size: of a step up, likewise; negative for steps down.
     low: the lower bound, likewise.
     high: the upper bound, likewise.
   """
@@ -101,6 +103,7 @@ class Region(NamedTuple):
   ball: Ball
   clean: jax.Array
   radius: jax.Array
+  size: jax.Array
   low: jax.Array
   high: jax.Array
 
@@ -109,13 +112,11 @@ class Region(NamedTuple):
     x = self.ball.project(x, self.clean, self.radius)
     return jnp.clip(x, self.low, self.high)
 
-  def step(
-    self, x: jax.Array, gradient: jax.Array, size: jax.Array
-  ) -> jax.Array:
-    """The steepest step up, none where an example's gradient holds a NaN."""
+  def step(self, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The steepest step, none where an example's gradient holds a NaN."""
     is_wrong = _of_each(jnp.any, jnp.isnan(gradient))
     gradient = jnp.where(is_wrong, 0.0, gradient)
-    return self.project(x + self.ball.step(gradient, size))
+    return self.project(x + self.ball.step(gradient, self.size))
 
   def rounded(self, x: jax.Array, dtype: Any) -> jax.Array:
     """A point in `dtype`, which takes it out of neither ball nor bounds."""

@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from conadv_optax.attacks.balls import BALLS, Norm, Region
 from conadv_optax.attacks.targets import Targets
+from conadv_optax.core.calls import pytree
 from conadv_optax.core.numeric import (
   at_least_float32,
   check_count,
@@ -118,66 +120,78 @@ def pgd(
   check_not_negative('step_size', step_size)
   _check_probability(start_from_clean)
   low, high = (-jnp.inf, jnp.inf) if bounds is None else _unpack(bounds)
-  sign = 1.0 if targets is None else -1.0
+  size = step_size if targets is None else -1.0 * step_size
+  chance = start_from_clean if random_start else None
+  climb = _Climb(epsilon, size, steps, norm, chance, low, high)
+  one_gradient_is_enough = steps == 1 and not random_start and targets is None
+  return Attack(
+    craft=Partial(_Climb.craft, climb),
+    prepare=targets,
+    reuse=Partial(_Climb.reuse, climb) if one_gradient_is_enough else None,
+    draws=random_start or targets is not None,
+    one_step=Partial(_Climb.one_step, climb) if steps == 1 else None,
+  )
 
-  def around(inputs: jax.Array) -> Region:
+
+@pytree('epsilon', 'step_size', 'chance', 'low', 'high')
+class _Climb:
+  """What `pgd` was given, and the functions of its `Attack`."""
+
+  epsilon: ArrayLike
+  step_size: ArrayLike
+  steps: int
+  norm: Norm
+  chance: ArrayLike | None
+  low: ArrayLike
+  high: ArrayLike
+
+  def around(self, inputs: jax.Array) -> Region:
     clean = at_least_float32(inputs)
-    limits = {'epsilon': epsilon, 'bounds[0]': low, 'bounds[1]': high}
-    return Region(
-      BALLS[norm], clean, *(_broadcast(*item, clean) for item in limits.items())
-    )
+    radius = _broadcast('epsilon', self.epsilon, clean)
+    size = _broadcast('step_size', self.step_size, clean)
+    low = _broadcast('bounds[0]', self.low, clean)
+    high = _broadcast('bounds[1]', self.high, clean)
+    return Region(BALLS[self.norm], clean, radius, size, low, high)
 
-  def start(key: jax.Array | None, region: Region) -> jax.Array:
-    if not random_start:
+  def start(self, key: jax.Array | None, region: Region) -> jax.Array:
+    if self.chance is None:
       return region.clean
     assert key is not None  # `wrap` and its siblings have seen to it.
     coin_key, noise_key = jax.random.split(key)
     noise = region.radius * region.ball.draw(noise_key, region.clean)
-    from_clean = jax.random.bernoulli(coin_key, start_from_clean)
+    from_clean = jax.random.bernoulli(coin_key, self.chance)
     return region.project(region.clean + jnp.where(from_clean, 0.0, noise))
 
-  def step(region: Region, x: jax.Array, gradient: jax.Array) -> jax.Array:
-    size = _broadcast('step_size', step_size, x)
-    return region.step(x, sign * gradient, size)
-
   def one_step(
-    key: jax.Array | None, inputs: jax.Array
+    self, key: jax.Array | None, inputs: jax.Array
   ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    region = around(inputs)
-    begin = start(key, region)
+    region = self.around(inputs)
+    begin = self.start(key, region)
     return begin, lambda gradient: region.rounded(
-      step(region, begin, gradient), inputs.dtype
+      region.step(begin, gradient), inputs.dtype
     )
 
   def craft(
+    self,
     key: jax.Array | None,
     gradient_fn: Callable[[jax.Array], jax.Array],
     inputs: jax.Array,
   ) -> jax.Array:
     # Not a loop of one: XLA unrolls that after it has chosen how to run the
     # convolutions, and the whole ConAdv step took 1.4 times as long on a CPU.
-    if steps == 1:
-      begin, finish = one_step(key, inputs)
+    if self.steps == 1:
+      begin, finish = self.one_step(key, inputs)
       return finish(gradient_fn(begin))
-    region = around(inputs)
+    region = self.around(inputs)
 
     def advance(_: Any, x: jax.Array) -> jax.Array:
-      return step(region, x, gradient_fn(x))
+      return region.step(x, gradient_fn(x))
 
-    x = jax.lax.fori_loop(0, steps, advance, start(key, region))
+    x = jax.lax.fori_loop(0, self.steps, advance, self.start(key, region))
     return region.rounded(x, inputs.dtype)
 
-  def reuse(gradient: jax.Array, inputs: jax.Array) -> jax.Array:
-    return one_step(None, inputs)[1](gradient)
-
-  one_gradient_is_enough = steps == 1 and not random_start and targets is None
-  return Attack(
-    craft=craft,
-    prepare=targets,
-    reuse=reuse if one_gradient_is_enough else None,
-    draws=random_start or targets is not None,
-    one_step=one_step if steps == 1 else None,
-  )
+  def reuse(self, gradient: jax.Array, inputs: jax.Array) -> jax.Array:
+    return self.one_step(None, inputs)[1](gradient)
 
 
 def fgsm(

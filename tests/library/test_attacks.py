@@ -10,6 +10,8 @@ from error_checks import assert_says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 
@@ -407,6 +409,35 @@ def test_a_schedule_called_inside_of_the_step_is_compiled_once():
     losses, 3 * (1.5 + 0.1 * np.array([0, 1, 2, 3, 4, 4])), rtol=1e-6
   )
   assert len(traces) == 1
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_arrays_of_an_attack_enter_devices(norm, axis_type):
+  mesh = jax.make_mesh((2,), ('data',), (axis_type,), devices=jax.devices()[:2])
+  params = jnp.array([1.0, -2.0, 0.5])
+  batch = {'x': jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))}
+
+  def gradient(devices, params, batch, epsilon):
+    epsilon, bounds = conadv.normalized(epsilon, 0.5, jnp.array([0.5, 1, 2]))
+    attack = conadv.pgd(
+      epsilon, steps=2, norm=norm, bounds=bounds, random_start=False
+    )
+    grad_fn = conadv.wrap(
+      lambda w, batch: jnp.mean((batch['x'] @ w) ** 2),
+      0,
+      attack=attack,
+      inputs='x',
+    )
+    grad_fn = conadv.data_parallel(grad_fn, mesh) if devices else grad_fn
+    return grad_fn.value_and_grad(params, grad_fn.init(params, []), batch)[1]
+
+  expected = gradient(False, params, batch, 0.1)
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, P('data')))
+    step = jax.jit(gradient, static_argnums=0)
+    grads = step(True, params, batch, jnp.float32(0.1))
+  np.testing.assert_allclose(grads, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
