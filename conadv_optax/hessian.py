@@ -8,8 +8,9 @@ r"""The Hessian of a loss, by products with it: curvature of large models.
 An operator is a function that multiplies a vector, a pytree like the
 parameters, by a symmetric matrix. The other functions take any such function:
 a Hessian of the parameters, of the inputs, or a matrix of your own. All are
-pure; call them inside `jax.jit`. A batch may be spread over devices, and
-micro-batches keep memory at that of one of them.
+pure; call them inside `jax.jit`. Batch and parameters may be spread over
+devices, and so are the vectors then; micro-batches keep memory at that of one
+of them.
 
 `loss_fn(params, batch)` returns the mean loss of the batch. A model with
 statistics goes in as a closure, in evaluation mode:

@@ -80,8 +80,8 @@ def sharpness(
 
   Returns:
     `Sharpness`. Where the loss is flat, or the radius 0, the value is 0. The
-    loss runs in the dtype of the parameters: pass them in float32, or bfloat16
-    rounds a small radius away.
+    ascent is in float32, and the loss runs in the dtype of the parameters: pass
+    them in float32, or bfloat16 rounds a small radius away.
 
   Raises:
     TypeError: for parameters that are not floating (split complex ones into
