@@ -164,13 +164,13 @@ class _Accumulate:
     first = _read(state, state, zero)
     shapes, moment, share, _ = jax.eval_shape(one, first, zero)
     wants_moment = self.second_moment or moment is not None
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
+    moment = jax.eval_shape(lambda g: jax.tree.map(abs_sq, g), shapes.means[2])
+    zeros = optax.tree.zeros_like(
       (
         shapes._replace(arrays=None),
-        shapes.means[2] if wants_moment else None,
+        moment if wants_moment else None,
         share,
-      ),
+      )
     )
     (state, _, total, moment, seen), arrays = jax.lax.scan(
       body,

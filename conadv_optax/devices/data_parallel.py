@@ -130,7 +130,27 @@ class _DataParallel:
     # Outside of `jit` `shard_map` knows no second axis.
     return jax.jit(self._run)
 
+  def _shared(self, call: Call) -> Call:
+    """With what all devices need whole on each, where axes are explicit."""
+
+    def whole(x: jax.Array) -> jax.Array:
+      sharding = jax.typeof(x).sharding
+      if not sharding.mesh.explicit_axes:
+        return x
+      spec = [
+        tuple(a for a in jax.tree.leaves(axis) if a not in self.axes) or None
+        for axis in sharding.spec
+      ]
+      return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P(*spec)))
+
+    return call._replace(
+      params=jax.tree.map(whole, call.params),
+      model_state=jax.tree.map(whole, call.model_state),
+    )
+
   def _init(self, call: Call) -> Any:
+    call = self._shared(call)
+
     def local(grad_fn: GradientFunction, call: Call) -> Any:
       state = call._replace(key=self._own_key(call.key)).init(grad_fn)
       return _own(lambda x: x[None], state)
@@ -141,6 +161,8 @@ class _DataParallel:
     return self._on_devices(local, specs, self._specs(state))(call)
 
   def _run(self, call: Call) -> tuple[Any, Any, Any]:
+    call = self._shared(call)
+
     def local(grad_fn: GradientFunction, call: Call) -> Any:
       call = call._replace(
         state=_own(lambda x: x[0], call.state), key=self._own_key(call.key)

@@ -169,8 +169,8 @@ class _Extrapolate:
     elif self.direction == 'current':
       towards = ascent(call.value_and_grad(self.grad_fn)[1])
     else:
-      check_key(True, call.key)
-      noise_key, key = jax.random.split(call.key)
+      key = check_key(True, call.key)
+      noise_key, key = jax.random.split(key)
       towards = optax.tree.random_like(noise_key, here)
       call = call._replace(key=key)
     own = state.extrapolation.value

@@ -93,14 +93,15 @@ def split_key(key: jax.Array | None, num: int) -> Any:
   return (None,) * num if key is None else jax.random.split(key, num)
 
 
-def check_key(draws: bool, key: jax.Array | None) -> None:
-  """A key wherever something draws."""
+def check_key(draws: bool, key: Any) -> Any:
+  """The key, which is there wherever something draws."""
   if draws and key is None:
     raise ValueError(
       'Random numbers are drawn here (a random start, targets, noise, or '
       '`has_key=True`), which needs `key=`. Given none. Add to this call '
       '`key=jax.random.fold_in(key, step)`, or another fresh key each step.'
     )
+  return key
 
 
 def _check_no_module(tree: Any) -> None:

@@ -43,7 +43,8 @@ class Ring:
   def _fill(self, call: Call) -> ConAdvState:
     key = call.key
     if key is not None:
-      key = jax.random.split(jax.random.fold_in(key, _INIT), self.staleness)
+      key = jax.random.fold_in(key, _INIT)
+      key = jax.random.split(key, self.staleness)
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *call.batch)
     entries = jax.lax.map(
       lambda args: self.step.enter(call, *args), (batches, key)

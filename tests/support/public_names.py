@@ -112,7 +112,7 @@ _NET = {
 
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
   'accumulate': {
-    form: {'grad_fn': _WRAPS[form], 'count': 2}
+    form: {'grad_fn': _WRAPS[form], 'micro_batches': 2}
     for form in ('staleness-0', 'staleness-3', 'reuse_gradient', 'everything')
   },
   'absa': {

@@ -1,0 +1,352 @@
+"""Means over a mask: any groups give the gradient of the whole batch."""
+
+import chex
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from error_checks import assert_says
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+
+import conadv_optax as conadv
+
+BATCH, TOKENS, FEATURES, EPSILON, RATE = 12, 4, 3, 0.1, 0.1
+WEIGHTS = {'main': 0.3, 'adversarial': 0.7}
+
+
+def loss_fn(w, batch):
+  """The mean over real tokens; 0 / 0 where there is none."""
+  error = (batch['x'] @ w - batch['y']) * batch['mask']
+  return jnp.sum(error**2) / jnp.sum(batch['mask'])
+
+
+def denominator(batch):
+  return jnp.sum(batch['mask'])
+
+
+class Naive:
+  """One branch in NumPy, in float64."""
+
+  def __init__(self, w, batch, part=slice(None)):
+    x, y, mask = (np.float64(batch[k])[part] for k in ('x', 'y', 'mask'))
+    error = (x @ w - y) * mask
+    self.weight = mask.sum()
+    self.total = (error**2).sum()
+    self.gradient = 2 * np.einsum('bt,btf->f', error, x)
+    self.moved = x + EPSILON * np.sign(error[..., None] * w)
+
+
+def naive_steps(batches, tau, *, parts=(slice(None),), reuse=False):
+  """Parameters and loss after each step of ConAdv on the whole batch."""
+  w, history = START.astype(np.float64), []
+
+  def attack(w, batch):
+    moved = np.array(batch['x'], np.float64)
+    for part in parts:
+      moved[part] = Naive(w, batch, part).moved
+    return {**batch, 'x': moved}
+
+  waiting = [(batch, attack(w, batch)) for batch in batches[:tau]]
+  for batch in batches[tau:]:
+    waiting.append((batch, attack(w, batch)))
+    clean, hit = waiting.pop(0)
+    main = Naive(w, batch if reuse else clean)
+    hits = [Naive(w, hit, part) for part in parts]
+    seen = sum(h.weight for h in hits)
+    gradient = WEIGHTS['main'] * main.gradient / main.weight
+    gradient += WEIGHTS['adversarial'] * sum(h.gradient for h in hits) / seen
+    loss = WEIGHTS['main'] * main.total / main.weight
+    loss += WEIGHTS['adversarial'] * sum(h.total for h in hits) / seen
+    w = w - RATE * gradient
+    history.append((w, loss))
+  return history
+
+
+rng = np.random.default_rng(0)
+START = rng.normal(size=FEATURES).astype(np.float32)
+BATCHES = [
+  {
+    'x': rng.normal(size=(BATCH, TOKENS, FEATURES)).astype(np.float32),
+    'y': rng.normal(size=(BATCH, TOKENS)).astype(np.float32),
+  }
+  for _ in range(4)
+]
+
+
+def mesh(*shape, names=('data',), kind=AxisType.Auto):
+  devices = jax.devices()[: int(np.prod(shape))]
+  return jax.make_mesh(shape, names, (kind,) * len(shape), devices=devices)
+
+
+GROUPS = {
+  'one': lambda fn: fn,
+  'micro-batches': lambda fn: conadv.accumulate(fn, 4),
+  'as many as examples': lambda fn: conadv.accumulate(fn, BATCH),
+  'devices': lambda fn: conadv.data_parallel(fn, mesh(4)),
+  'explicit': lambda fn: conadv.data_parallel(
+    fn, mesh(4, kind=AxisType.Explicit)
+  ),
+  'two axes': lambda fn: conadv.data_parallel(
+    fn, mesh(2, 2, names=('data', 'fsdp')), axis=('data', 'fsdp')
+  ),
+  'both': lambda fn: conadv.data_parallel(conadv.accumulate(fn, 3), mesh(4)),
+  'the other way round': lambda fn: conadv.accumulate(
+    conadv.data_parallel(fn, mesh(4)), 3
+  ),
+  'roles': lambda fn: conadv.concurrent(fn, mesh(2, 3, names=('data', 'role'))),
+  'sam within': lambda fn: conadv.accumulate(conadv.sam(fn, 0.0), 4),
+  'extrapolated': lambda fn: conadv.data_parallel(
+    conadv.extrapolate(fn, 0.0), mesh(4)
+  ),
+}
+
+
+def compiled(kind, groups):
+  grad_fn = GROUPS[groups](
+    conadv.wrap(
+      loss_fn,
+      attack=conadv.fgsm(EPSILON),
+      inputs='x',
+      weights=WEIGHTS,
+      denominator=denominator,
+      **kind,
+    )
+  )
+
+  @jax.jit
+  def run(batches):
+    w = jnp.asarray(START)
+    state = grad_fn.init(w, batches[: grad_fn.staleness])
+    history = []
+    for batch in batches[grad_fn.staleness :]:
+      (loss, aux), grads, state = grad_fn.value_and_grad(w, state, batch)
+      w -= RATE * grads
+      parts = sum(WEIGHTS[name] * x for name, x in aux.losses.items())
+      history.append((w, loss, parts))
+    return history
+
+  return run
+
+
+# A whole group of padding, of the first four, is no rare draw.
+MASKS = hnp.arrays(
+  np.float32, (len(BATCHES), BATCH, TOKENS), elements=st.sampled_from([0, 1])
+).map(lambda mask: mask * (np.arange(BATCH) % 4 > mask[0, 0, 0])[:, None])
+
+
+def check(run, naive, masks, *, rtol=2e-4):
+  masks[:, 3] = 1  # Something is real in every batch.
+  batches = [
+    {**batch, 'mask': mask} for batch, mask in zip(BATCHES, masks, strict=True)
+  ]
+  for (w, loss, parts), (expected_w, expected_loss) in zip(
+    run(batches), naive(batches), strict=True
+  ):
+    np.testing.assert_allclose(w, expected_w, rtol=rtol, atol=2e-5)
+    np.testing.assert_allclose(loss, expected_loss, rtol=rtol)
+    np.testing.assert_allclose(parts, expected_loss, rtol=rtol)
+
+
+@pytest.mark.parametrize('groups', list(GROUPS))
+def test_groups_give_the_gradient_of_the_whole_batch(groups):
+  run = compiled({'staleness': 1}, groups)
+
+  @settings(max_examples=25, deadline=None)
+  @given(MASKS)
+  def holds(masks):
+    check(run, lambda batches: naive_steps(batches, 1), masks)
+
+  holds()
+
+
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices'])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    {'staleness': 0},
+    {'staleness': 2},
+    {'staleness': 1, 'reuse_gradient': True},
+  ],
+  ids=str,
+)
+def test_every_branch_counts_by_its_own_batch(kind, groups):
+  run, tau = compiled(kind, groups), kind['staleness']
+  reuse = 'reuse_gradient' in kind
+
+  @settings(max_examples=10, deadline=None)
+  @given(MASKS)
+  def holds(masks):
+    check(run, lambda batches: naive_steps(batches, tau, reuse=reuse), masks)
+
+  holds()
+
+
+def test_a_part_of_each_group_is_attacked():
+  run = compiled({'staleness': 1, 'adversarial_fraction': 0.5}, 'devices')
+  # Three examples a device, of which one is attacked.
+  parts = [slice(i, i + 1) for i in (0, 3, 6, 9)]
+
+  @settings(max_examples=10, deadline=None)
+  @given(MASKS)
+  def holds(masks):
+    masks[:, 0] = 1
+    check(run, lambda batches: naive_steps(batches, 1, parts=parts), masks)
+
+  holds()
+
+
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices', 'both'])
+def test_fast_advprop_counts_by_what_went_in(groups):
+  grad_fn = GROUPS[groups](
+    conadv.fast_advprop(
+      loss_fn,
+      attack=conadv.fgsm(EPSILON),
+      inputs='x',
+      adversarial_fraction=0.5,
+      attack_weight=0.25,
+      denominator=denominator,
+    )
+  )
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  batch['mask'][:8, 1:] = 0
+  batch['mask'][2:6] = 0
+  if groups == 'both':  # Micro-batches of one example cannot be parted.
+    with pytest.raises(ValueError, match='two examples or more'):
+      grad_fn.value_and_grad(START, grad_fn.init(START, []), batch)
+    return
+  # The first of the three examples of a group is attacked.
+  attacked = np.zeros(BATCH, bool)
+  attacked[
+    : 4 if groups == 'micro-batches' else None : 1
+    if groups == 'micro-batches'
+    else 3
+  ] = True
+  (loss, _), grads, _ = jax.jit(grad_fn.value_and_grad)(
+    START, grad_fn.init(START, []), batch
+  )
+  w = START.astype(np.float64)
+  rest, first = (Naive(w, batch, part) for part in (~attacked, attacked))
+  moved = {**batch, 'x': np.where(attacked[:, None, None], 0, batch['x'])}
+  moved['x'][attacked] = first.moved
+  hit = Naive(w, moved, attacked)
+  seen = rest.weight + first.weight
+  expected = rest.gradient + 0.25 * first.gradient + 0.75 * hit.gradient
+  total = rest.total + 0.25 * first.total + 0.75 * hit.total
+  np.testing.assert_allclose(grads, expected / seen, rtol=1e-4)
+  np.testing.assert_allclose(loss, total / seen, rtol=1e-4)
+
+
+def with_statistics(w, mean, batch):
+  """A running mean over real tokens, and outputs of the user's own."""
+  real = jnp.sum(batch['mask'])
+  new = jnp.einsum('bt,btf->f', batch['mask'], batch['x']) / real
+  aux = {'rate': jnp.sum(batch['mask'] * batch['y']) / real, 'tokens': real}
+  aux['tokens'] = aux['tokens'].astype(jnp.int32)
+  return loss_fn(w, batch), (0.5 * mean + 0.5 * new, aux)
+
+
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices', 'roles'])
+def test_statistics_and_metrics_are_averaged_likewise(groups):
+  staleness = 1 if groups == 'roles' else 0
+  wrapped = conadv.wrap(
+    with_statistics,
+    staleness,
+    attack=conadv.fgsm(EPSILON),
+    inputs='x',
+    denominator=denominator,
+    has_state=True,
+    has_aux=True,
+  )
+  grad_fn = GROUPS[groups](wrapped)
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  batch['mask'][:5] = 0
+  batch['mask'][7, 1:] = 0
+  mean = jnp.ones(FEATURES)
+
+  @jax.jit
+  def run(batch):
+    state = grad_fn.init(START, [batch] * staleness, model_state=mean)
+    return grad_fn.value_and_grad(START, state, batch, model_state=mean)[0][1]
+
+  aux, mask = run(batch), np.float64(batch['mask'])
+  new = np.einsum('bt,btf->f', mask, batch['x']) / mask.sum()
+  np.testing.assert_allclose(aux.model_state, 0.5 + 0.5 * new, rtol=1e-5)
+  rate = (mask * batch['y']).sum() / mask.sum()
+  np.testing.assert_allclose(aux.aux['main']['rate'], rate, rtol=1e-5)
+  assert int(aux.aux['main']['tokens']) == mask.sum()
+  chex.assert_tree_all_finite(aux)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices', 'both'])
+def test_gradients_keep_the_dtype_of_the_parameters(groups, dtype):
+  def loss(w, batch):
+    error = batch['x'].astype(dtype) @ w * batch['mask'].astype(dtype)
+    return jnp.sum(error.astype(jnp.float32)) / denominator(batch)
+
+  grad_fn = GROUPS[groups](conadv.plain(loss, denominator=denominator))
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  batch['mask'][:7] = 0
+  w = jnp.asarray(START, dtype)
+  _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  assert grads.dtype == dtype
+  expected = np.einsum('bt,btf->f', batch['mask'], batch['x'])
+  np.testing.assert_allclose(
+    np.float64(grads),
+    expected / batch['mask'].sum(),
+    rtol=20 * float(jnp.finfo(dtype).eps),
+    atol=20 * float(jnp.finfo(dtype).eps),
+  )
+
+
+@pytest.mark.parametrize('groups', [1, 4, 64, 256, 1024])
+def test_equal_groups_have_a_second_moment_of_their_square(groups):
+  """Whatever their number, so that `scale_by_gsnr` leaves them alone."""
+  grad_fn = conadv.accumulate(
+    lambda w, x: jnp.mean(x @ w), groups, second_moment=True
+  )
+  w = jnp.asarray(START)
+  x = jnp.tile(jnp.array([[0.1, -1.7, 3e-5]]), (groups, 1))
+  (_, aux), grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), x)
+  np.testing.assert_allclose(
+    aux.second_moment, np.square(grads), rtol=4 * 2.0**-23
+  )
+  tx = conadv.scale_by_gsnr()
+  updates, _ = tx.update(grads, tx.init(w), second_moment=aux.second_moment)
+  np.testing.assert_array_equal(updates, grads)
+
+
+def test_a_second_moment_is_a_mean_by_the_same_weights():
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  batch['mask'][:3] = 0  # The first device has padding alone.
+  batch['mask'][3:6, 2:] = 0
+  grad_fn = conadv.data_parallel(
+    conadv.plain(loss_fn, denominator=denominator), mesh(4), second_moment=True
+  )
+  (_, aux), grads, _ = grad_fn.value_and_grad(
+    START, grad_fn.init(START, []), batch
+  )
+  w = START.astype(np.float64)
+  parts = [Naive(w, batch, slice(i, i + 3)) for i in (3, 6, 9)]
+  total = sum(part.weight for part in parts)
+  of_groups = [part.gradient / part.weight for part in parts]
+  expected = sum(
+    part.weight / total * g**2 for part, g in zip(parts, of_groups, strict=True)
+  )
+  np.testing.assert_allclose(aux.second_moment, expected, rtol=1e-4)
+  whole = sum(part.gradient for part in parts) / total
+  np.testing.assert_allclose(grads, whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'wrong', [lambda batch: batch['mask'], lambda batch: 1j, lambda batch: None]
+)
+def test_a_denominator_that_is_no_real_scalar(wrong):
+  grad_fn = conadv.accumulate(conadv.plain(loss_fn, denominator=wrong), 2)
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  with pytest.raises(TypeError) as error:
+    grad_fn.value_and_grad(START, grad_fn.init(START, []), batch)
+  assert_says(error, '`denominator(batch)`', "batch['mask'].sum()")
