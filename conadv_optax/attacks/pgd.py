@@ -27,6 +27,7 @@ from conadv_optax.attacks.targets import Targets
 from conadv_optax.core.calls import pytree
 from conadv_optax.core.numeric import (
   at_least_float32,
+  check_choice,
   check_count,
   check_no_schedule,
   check_not_negative,
@@ -111,8 +112,7 @@ def pgd(
     Madry et al., `Towards Deep Learning Models Resistant to Adversarial
     Attacks <https://arxiv.org/abs/1706.06083>`_, 2018
   """
-  if norm not in BALLS:
-    raise ValueError(f"`norm` must be 'linf' or 'l2'. Given norm={norm!r}.")
+  check_choice('norm', norm, tuple(BALLS))
   check_count('steps', steps)
   check_not_negative('epsilon', epsilon)
   if step_size is None:

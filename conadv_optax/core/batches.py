@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conadv_optax.core.numeric import describe, share_of
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named, path_names
 from conadv_optax.core.types import Batch
 
 
@@ -34,12 +34,12 @@ def first_part(batch: Batch, fraction: float, size: int) -> Batch:
   """The first `floor(fraction * size)` of `size` examples, at least one."""
   if fraction == 1:
     return batch
-  for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
+  for path, value in named(batch).items():
     if not value.shape or value.shape[0] != size:
       raise ValueError(
         '`adversarial_fraction` below 1 takes the first part of every leaf, so '
         f'each needs the leading batch axis of {size}. Leaf '
-        f'{list(path_names(path))} is {describe(value)}.'
+        f'{list(path)} is {describe(value)}.'
       )
   count = share_of(fraction, size)
   return jax.tree.map(lambda x: _head(x, count), batch)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.numeric import add_weighted, check_count, describe
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch
 
 Denominator = Callable[[Batch], ArrayLike]
@@ -19,14 +19,14 @@ Denominator = Callable[[Batch], ArrayLike]
 
 def check_divides(batch: Batch, groups: int, what: str, fix: str) -> None:
   """The leading axis of every leaf divides evenly over the groups."""
-  for path, value in jax.tree_util.tree_flatten_with_path(batch)[0]:
+  for path, value in named(batch).items():
     shape = jnp.shape(value)
     if not shape or shape[0] % groups or not shape[0]:
       raise ValueError(
         'Every leaf of a batch is split along its leading axis, so the batch '
         f'must be a multiple of the {groups} {what}. Leaf '
-        f'{list(path_names(path))} is {describe(value)}. Change the batch, '
-        f'drop or pad the last one of an epoch, or {fix}.'
+        f'{list(path)} is {describe(value)}. Change the batch, drop or pad the '
+        f'last one of an epoch (to pad, say `denominator=`), or {fix}.'
       )
 
 
@@ -73,14 +73,14 @@ def join(stacked: Batch) -> Batch:
 
 def weight_of(batch: Batch, denominator: Denominator | None) -> jax.Array:
   """The weight of a part in a mean, float32; 1 without a denominator."""
-  weight = jnp.asarray(1 if denominator is None else denominator(batch))
-  if weight.shape or jnp.iscomplexobj(weight):
+  weight = 1 if denominator is None else denominator(batch)
+  if weight is None or jnp.ndim(weight) or jnp.iscomplexobj(weight):
     raise TypeError(
       '`denominator(batch)` is the real scalar that the loss of the batch was '
       f'divided by. It returned {describe(weight)}. Likely a sum is missing: '
       "`denominator=lambda batch: batch['mask'].sum()`."
     )
-  return weight.astype(jnp.float32)
+  return jnp.asarray(weight).astype(jnp.float32)
 
 
 def mean_over(

@@ -1,5 +1,6 @@
 """Norms and sums in float32 whatever the dtype, and checks of numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,12 @@ def dot(x: Any, y: Any) -> jax.Array:
   """The inner product of two trees, of complex leaves as pairs of reals."""
   # Not `jnp.vdot`, which flattens: leaves may be sharded along any axis.
   parts = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), x, y)
-  return sum(jax.tree.leaves(parts), jnp.zeros([]))
+  return jnp.asarray(sum(jax.tree.leaves(parts)))
+
+
+def norm(tree: Any) -> jax.Array:
+  """The L2 norm of a tree of at least float32."""
+  return jnp.sqrt(dot(tree, tree))
 
 
 def ascent(gradient: Any) -> Any:
@@ -52,7 +58,7 @@ def ascent(gradient: Any) -> Any:
 
 def unit(tree: Any) -> Any:
   """A tree of float32 over its norm; zero where that is."""
-  length = optax.tree.norm(tree)
+  length = norm(tree)
   return optax.tree.scale(1 / jnp.where(length > 0, length, 1.0), tree)
 
 
@@ -109,6 +115,15 @@ def check_count(name: str, value: Any, *, least: int = 1) -> None:
   if value < least:
     raise ValueError(
       f'`{name}` is a number of things, at least {least}. Given {name}={value}.'
+    )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  """`value` is one of the choices."""
+  if value not in choices:
+    raise ValueError(
+      f'`{name}` must be {" or ".join(map(repr, choices))}. Given '
+      f'{name}={value!r}.'
     )
 
 

@@ -36,6 +36,14 @@ def path_names(path: tuple[Any, ...]) -> tuple[Any, ...]:
   return tuple(key_name(entry) for entry in path)
 
 
+def named(tree: Any) -> dict[tuple[Any, ...], Any]:
+  """The leaves of a tree by the keys that lead to them."""
+  return {
+    path_names(path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
 def _spell(names: tuple[Any, ...]) -> str:
   return repr(names[0]) if len(names) == 1 else repr(names)
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.losses import float32_point, value_and_grad
 from conadv_optax.core.micro_batches import (
   Denominator,
   cut,
@@ -19,6 +18,7 @@ from conadv_optax.core.numeric import add_weighted, describe
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Batch, LossFn
+from conadv_optax.curvature.points import float32_point, value_and_grad
 
 Operator = Callable[[Any], Any]
 """Multiplies a float32 pytree by a symmetric matrix."""

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.losses import float32_point, value_and_grad
 from conadv_optax.core.micro_batches import Denominator, mean_over
 from conadv_optax.core.numeric import check_count, check_not_negative, unit
 from conadv_optax.core.types import Batch, LossFn
+from conadv_optax.curvature.points import float32_point, value_and_grad
 from conadv_optax.curvature.vectors import random_like
 
 

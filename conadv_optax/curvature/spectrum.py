@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.losses import float32_point
 from conadv_optax.core.numeric import check_count, dot
 from conadv_optax.curvature.lanczos import combine, lanczos, ritz
 from conadv_optax.curvature.operators import Operator
+from conadv_optax.curvature.points import float32_point
 from conadv_optax.curvature.vectors import random_like
 
 

@@ -17,7 +17,7 @@ from conadv_optax.core.numeric import (
   cast_like,
   is_inexact,
 )
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import (
   ConAdvAux,
   ConAdvState,
@@ -211,14 +211,11 @@ def check_second_moment(second_moment: Any, gradients: Any, call: str) -> None:
     raise ValueError(
       "This needs the second moment of the groups' gradients. Given none. Let "
       'the gradient function return it, `conadv.data_parallel(grad_fn, mesh, '
-      'second_moment=True)` or `conadv.accumulate(grad_fn, count, '
+      'second_moment=True)` or `conadv.accumulate(grad_fn, 8, '
       f'second_moment=True)`, and pass it on: `{call}`.'
     )
   given, wanted = (
-    {
-      path_names(path): jnp.shape(leaf)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    {path: jnp.shape(leaf) for path, leaf in named(tree).items()}
     for tree in (second_moment, gradients)
   )
   if given != wanted:

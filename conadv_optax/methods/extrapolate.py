@@ -15,6 +15,7 @@ from conadv_optax.core.calls import Call, around, check_kind, pytree
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
+  check_choice,
   check_not_negative,
   tree_at_least_float32,
 )
@@ -123,11 +124,7 @@ def extrapolate(
     <https://arxiv.org/abs/2006.05720>`_, 2020
   """
   grad_fn = as_gradient_function(grad_fn)
-  if direction not in ('past', 'current', 'noise'):
-    raise ValueError(
-      "`direction` must be 'past', 'current' or 'noise'. Given "
-      f'direction={direction!r}.'
-    )
+  check_choice('direction', direction, ('past', 'current', 'noise'))
   rate: Any = ()
   if not isinstance(extrapolation, optax.GradientTransformation):
     if not callable(extrapolation):

@@ -30,6 +30,7 @@ from conadv_optax.core.numeric import (
   check_not_negative,
   concrete,
   dot,
+  norm,
   tree_at_least_float32,
   unit,
 )
@@ -207,7 +208,7 @@ class _Sam:
     old = state.direction.value if self.axis is None else state.direction
     beside = _orthogonal(sharp_gradient, gradient, _rounding(grads))
     direction = _where(is_due, beside, old)
-    length = optax.tree.norm(gradient)
+    length = norm(gradient)
     length *= jnp.asarray(self.reuse_weight, length.dtype)
     reused = optax.tree.add_scale(gradient, length, unit(direction))
     mixed = self._mix(gradient, _where(is_due, sharp_gradient, reused))
@@ -268,7 +269,7 @@ def _orthogonal(x: Any, to: Any, rounding: float) -> Any:
   """What is left of `x` without its part along `to`, if more than rounding."""
   direction = unit(to)
   rest = optax.tree.add_scale(x, -dot(x, direction), direction)
-  is_rounding = optax.tree.norm(rest) <= rounding * optax.tree.norm(x)
+  is_rounding = norm(rest) <= rounding * norm(x)
   return jax.tree.map(
     lambda r: jnp.where(is_rounding, jnp.zeros_like(r), r), rest
   )

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from conadv_optax.core.numeric import (
   abs_sq,
   at_least_float32,
+  check_choice,
   check_no_schedule,
   check_not_negative,
 )
@@ -119,14 +120,8 @@ def lars(
     You et al., `Large Batch Training of Convolutional Networks
     <https://arxiv.org/abs/1708.03888>`_, 2017
   """
-  for name, form, forms in (
-    ('trust_ratio', trust_ratio, ('separate', 'joint')),
-    ('momentum_over', momentum_over, ('scaled', 'raw')),
-  ):
-    if form not in forms:
-      raise ValueError(
-        f'`{name}` must be {forms[0]!r} or {forms[1]!r}. Given {name}={form!r}.'
-      )
+  check_choice('trust_ratio', trust_ratio, ('separate', 'joint'))
+  check_choice('momentum_over', momentum_over, ('scaled', 'raw'))
   if not callable(weight_decay):
     check_not_negative('weight_decay', weight_decay)
   for name, coefficient in (

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import check_not_negative, concrete
+from conadv_optax.core.numeric import (
+  check_choice,
+  check_not_negative,
+  concrete,
+)
 
 
 def polynomial_warmup(
@@ -190,7 +194,6 @@ def scale_learning_rate(
       'A batch has a positive number of examples. Given '
       f'base_batch={base_batch}, batch={batch}.'
     )
-  if rule not in ('linear', 'sqrt'):
-    raise ValueError(f"`rule` must be 'linear' or 'sqrt'. Given rule={rule!r}.")
+  check_choice('rule', rule, ('linear', 'sqrt'))
   k = batch / base_batch
   return base * (k if rule == 'linear' else math.sqrt(k))

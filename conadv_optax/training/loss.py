@@ -12,7 +12,7 @@ from conadv_optax import dual_bn
 from conadv_optax.core.calls import Call
 from conadv_optax.core.micro_batches import weight_of
 from conadv_optax.core.numeric import at_least_float32, describe
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch, LossFn
 
 
@@ -72,7 +72,8 @@ class Loss:
         f'With has_state={has_state}, has_aux={has_aux}, `loss_fn` must return '
         f'{form}. It returned a {type(output).__name__}{length}. If a second '
         'part is the model state, say `has_state=True`; if it is anything '
-        'else, `has_aux=True`.'
+        'else, `has_aux=True`; where there are no such arguments, leave it '
+        'out: `lambda params, batch: loss_fn(params, model_state, batch)[0]`.'
       )
     loss = jnp.asarray(loss)
     if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
@@ -144,10 +145,7 @@ def _check_model_state(params: Any, model_state: Any, has_state: bool) -> None:
 
 def _check_same_state(new: Any, old: Any) -> None:
   spelled_new, spelled_old = (
-    {
-      path_names(path): describe(jnp.asarray(value))
-      for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    {path: describe(jnp.asarray(leaf)) for path, leaf in named(tree).items()}
     for tree in (new, old)
   )
   given: Any = jax.tree.structure(new)

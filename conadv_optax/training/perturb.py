@@ -6,11 +6,10 @@ from typing import Any
 import jax
 
 from conadv_optax.core.batches import as_arrays, first_part, replace_first
-from conadv_optax.core.losses import mean_loss
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Attack, Batch
-from conadv_optax.training.loss import check_key
+from conadv_optax.training.loss import Loss, check_key
 from conadv_optax.training.steps import (
   check_attack,
   check_fraction,
@@ -87,8 +86,7 @@ def perturb(
   check_inputs(clean)
 
   def loss(batch: Batch, key: Any) -> jax.Array:
-    del key
-    return mean_loss(loss_fn, params, batch)
+    return Loss(loss_fn)('main', params, None, batch, key)[0]
 
   part = first_part(batch, adversarial_fraction, clean.shape[0])
   crafted = craft(attack, leaf, loss, part, key)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from conadv_optax.core.calls import NEXT, Call, check_kind, pytree
 from conadv_optax.core.numeric import describe
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch, ConAdvState, Denominators, Queue
 
 # `fold_in(key, 0)` is also the first key that `split` makes of `key`, so the
@@ -130,12 +130,12 @@ def check_like(batch: Batch, like: Batch, what: str) -> None:
       f'{what} must have the structure of the first, because it takes its '
       f'place in the queue. Given {given}, after {wanted}.'
     )
-  leaves = jax.tree_util.tree_leaves_with_path(batch)
-  for (path, new), old in zip(leaves, jax.tree.leaves(like), strict=True):
+  leaves = zip(named(batch).items(), jax.tree.leaves(like), strict=True)
+  for (path, new), old in leaves:
     if new.shape != old.shape or new.dtype != old.dtype:
       raise ValueError(
         f'{what} must have the shapes and dtypes of the first, because it '
-        f'takes its place in the queue. Leaf {list(path_names(path))} is '
+        f'takes its place in the queue. Leaf {list(path)} is '
         f'{describe(new)}, after {describe(old)}. Likely the last batch of an '
         'epoch is smaller: drop it, or pad it and say what the loss is a mean '
         "of: `denominator=lambda batch: batch['mask'].sum()`."

@@ -217,13 +217,10 @@ def test_fast_advprop_counts_by_what_went_in(groups):
     with pytest.raises(ValueError, match='two examples or more'):
       grad_fn.value_and_grad(START, grad_fn.init(START, []), batch)
     return
-  # The first of the three examples of a group is attacked.
-  attacked = np.zeros(BATCH, bool)
-  attacked[
-    : 4 if groups == 'micro-batches' else None : 1
-    if groups == 'micro-batches'
-    else 3
-  ] = True
+  # The first of the three examples of a group is attacked: of each device's
+  # part, or of micro-batch k, which begins with example k.
+  firsts = [0, 1, 2, 3] if groups == 'micro-batches' else [0, 3, 6, 9]
+  attacked = np.isin(np.arange(BATCH), firsts)
   (loss, _), grads, _ = jax.jit(grad_fn.value_and_grad)(
     START, grad_fn.init(START, []), batch
   )

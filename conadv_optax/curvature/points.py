@@ -1,4 +1,4 @@
-"""A loss and the point it is differentiated at, for the tools beside `wrap`."""
+"""A loss at the point that it is differentiated at."""
 
 from typing import Any
 
@@ -6,24 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.numeric import at_least_float32, describe
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.numeric import describe
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch, LossFn
-
-
-def mean_loss(loss_fn: LossFn, params: Any, batch: Batch) -> jax.Array:
-  """`loss_fn(params, batch)`, checked, at least float32."""
-  loss = loss_fn(params, batch)
-  is_array = hasattr(loss, 'dtype') and hasattr(loss, 'shape')
-  if not is_array or loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-    raise TypeError(
-      '`loss_fn(params, batch)` must return a floating scalar alone, the mean '
-      f'over the batch. It returned {describe(loss)}. If it returns more, '
-      'close over the rest: `lambda params, batch: loss_fn(params, '
-      'model_state, batch)[0]`; if the mean is missing, `return '
-      'jnp.mean(losses)`.'
-    )
-  return at_least_float32(loss)
+from conadv_optax.training.loss import Loss
 
 
 def value_and_grad(
@@ -37,18 +23,18 @@ def value_and_grad(
 
   def loss(point: Any) -> jax.Array:
     params = optax.tree.cast_like(point, like)
-    return scale * mean_loss(loss_fn, params, batch)
+    return scale * Loss(loss_fn)('main', params, None, batch, None)[0]
 
   return optax.tree.scale(1 / scale, jax.value_and_grad(loss)(point))
 
 
 def float32_point(tree: Any) -> Any:
   """The tree in float32; an error where a leaf is not floating."""
-  for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+  for path, x in named(tree).items():
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise TypeError(
         'Curvature is taken in floating leaves alone. Leaf '
-        f'{list(path_names(path))} is {describe(x)}. If it is a counter, leave '
+        f'{list(path)} is {describe(x)}. If it is a counter, leave '
         'it out of the parameters and close over it in `loss_fn`; if it is '
         'complex, where the Hessian is no matrix, pass its parts: `(x.real, '
         'x.imag)`.'
