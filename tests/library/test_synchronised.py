@@ -1,0 +1,225 @@
+"""Losses that talk to other devices, and parameters over a second axis."""
+
+import chex
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import (
+  CLOSE,
+  FEATURES,
+  KINDS,
+  dealt,
+  make_batches,
+  make_mesh,
+  on,
+)
+
+import conadv_optax as conadv
+
+
+class Linen(nn.Module):
+  axis: str | None = None
+  groups: list[list[int]] | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.BatchNorm(False, axis_name=self.axis, axis_index_groups=self.groups)(
+      nn.Dense(8)(x)
+    )
+    return nn.Dense(1)(jnp.tanh(x))
+
+
+def linen(axis=None, groups=None):
+  """A loss, its parameters and statistics."""
+  net = Linen(axis, groups)
+  batch = make_batches(1)[0]
+  variables = Linen().init(jax.random.key(1), batch['image'])
+
+  def loss_fn(params, model_state, batch):
+    output, new = net.apply(
+      {'params': params, 'batch_stats': model_state},
+      batch['image'],
+      mutable=['batch_stats'],
+    )
+    return jnp.mean((output[:, 0] - batch['y']) ** 2), new['batch_stats']
+
+  return loss_fn, variables['params'], variables['batch_stats']
+
+
+def haiku(axis=None, groups=None):
+  def forward(x, axis, groups):
+    norm = hk.BatchNorm(
+      True,
+      True,
+      0.9,
+      cross_replica_axis=axis,
+      cross_replica_axis_index_groups=groups,
+    )
+    return hk.Linear(1)(jnp.tanh(norm(hk.Linear(8)(x), is_training=True)))
+
+  net = hk.transform_with_state(forward)
+  [batch] = make_batches(1)
+  # Outside of devices there is no axis yet.
+  params, model_state = net.init(jax.random.key(1), batch['image'], None, None)
+
+  def loss_fn(params, model_state, batch):
+    output, model_state = net.apply(
+      params, model_state, None, batch['image'], axis, groups
+    )
+    return jnp.mean((output[:, 0] - batch['y']) ** 2), model_state
+
+  return loss_fn, params, model_state
+
+
+def on_libraries(test):
+  # Haiku's averages mix a float with a counter.
+  mark = pytest.mark.parametrize('library', [linen, haiku])
+  return mark(jax.numpy_dtype_promotion('standard')(test))
+
+
+def two_steps(grad_fn, params, model_state, batches, place=lambda b: b):
+  """Two steps, compiled and then not; what they returned."""
+  batches, tau = [place(batch) for batch in batches], grad_fn.staleness
+  state = grad_fn.init(params, batches[:tau], model_state=model_state)
+  returned = []
+  for batch, step in zip(
+    batches[tau : tau + 2],
+    (jax.jit(grad_fn.value_and_grad), grad_fn.value_and_grad),
+    strict=True,
+  ):
+    (loss, aux), grads, state = step(
+      params, state, batch, model_state=model_state
+    )
+    model_state = aux.model_state
+    returned.append((loss, aux.losses, model_state, grads))
+  return returned
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+@on_libraries
+def test_synchronised_statistics_are_those_of_the_whole_batch(library, kind):
+  mesh = make_mesh(8, kind=kind)
+  loss_fn, params, model_state = library()
+  alone, with_axis = (
+    conadv.wrap(fn, attack=conadv.fgsm(0.1), has_state=True)
+    for fn in (loss_fn, library('data')[0])
+  )
+  params, model_state = conadv.dual_bn.split(params, model_state)
+  expected = two_steps(alone, params, model_state, make_batches(3))
+  synchronised = two_steps(
+    conadv.data_parallel(with_axis, mesh),
+    *on(mesh, (params, model_state)),
+    make_batches(3),
+  )
+  chex.assert_trees_all_close(synchronised, expected, **CLOSE)
+
+
+def test_a_synchronised_gradient_is_that_of_jax_on_the_whole_batch():
+  """Without this library on one of the sides."""
+  [batch] = make_batches(1)
+  loss_fn, params, model_state = linen()
+  (loss, new_state), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+    params, model_state, batch
+  )
+  grad_fn = conadv.data_parallel(
+    conadv.plain(linen('data')[0], has_state=True), make_mesh(8)
+  )
+  (got_loss, aux), got_grads, _ = grad_fn.value_and_grad(
+    params, grad_fn.init(params, []), batch, model_state=model_state
+  )
+  chex.assert_trees_all_close(
+    (got_loss, aux.model_state, got_grads), (loss, new_state, grads), **CLOSE
+  )
+
+
+@on_libraries
+def test_groups_of_devices_are_as_many_devices(library):
+  _, params, model_state = library()
+  params, model_state = conadv.dual_bn.split(params, model_state)
+  in_groups, alone = (
+    conadv.data_parallel(
+      conadv.wrap(
+        library(axis, groups)[0], attack=conadv.fgsm(0.1), has_state=True
+      ),
+      make_mesh(devices),
+    )
+    for axis, groups, devices in (
+      ('data', [[0, 1, 2, 3], [4, 5, 6, 7]], 8),
+      (None, None, 2),
+    )
+  )
+  chex.assert_trees_all_close(
+    two_steps(in_groups, params, model_state, make_batches(3)),
+    two_steps(alone, params, model_state, make_batches(3)),
+    **CLOSE,
+  )
+
+
+def masked_norm(axis):
+  """A loss over a mask whose BatchNorm is over the real examples of all."""
+
+  def total(x):
+    x = jnp.sum(x, axis=0)
+    return x if axis is None else jax.lax.psum(x, axis)
+
+  def loss_fn(w, batch):
+    h, mask = batch['image'] @ w, batch['mask']
+    mean = total(mask[:, None] * h) / total(mask)
+    h -= mean[None]
+    variance = total(mask[:, None] * h**2) / total(mask)
+    h = jnp.tanh(h / jnp.sqrt(variance + 1e-5)[None])
+    error = mask * (jnp.sum(h, axis=1) - batch['y'])
+    return jnp.sum(error**2) / jnp.sum(mask)
+
+  return loss_fn
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_synchronised_statistics_with_unequal_masks(kind):
+  [batch] = make_batches(1, 16)
+  batch['mask'] = np.ones(16, np.float32)
+  batch['mask'][[1, 4, 5, 6, 9, 12, 13, 15]] = 0
+  w = np.random.default_rng(1).normal(size=(FEATURES, 3)).astype(np.float32)
+  loss, grads = jax.value_and_grad(masked_norm(None))(w, batch)
+  grad_fn = conadv.data_parallel(
+    conadv.plain(
+      masked_norm('data'), denominator=lambda batch: batch['mask'].sum()
+    ),
+    make_mesh(4, kind=kind),
+  )
+  (got, _), got_grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  chex.assert_trees_all_close((got, got_grads), (loss, grads), **CLOSE)
+
+
+@pytest.mark.parametrize('axis', ['data', ('data', 'fsdp')], ids=str)
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_parameters_spread_over_a_second_axis(kind, axis):
+  """Over 'fsdp' lie the parameters, and in one case the batch too."""
+  mesh = make_mesh(4, 2, names=('data', 'fsdp'), kind=kind)
+  loss_fn, params, model_state = linen()
+  params, model_state = conadv.dual_bn.split(params, model_state)
+  grad_fn = conadv.wrap(loss_fn, attack=conadv.fgsm(0.1), has_state=True)
+  groups = 4 if axis == 'data' else 8
+  expected = two_steps(
+    conadv.accumulate(grad_fn, groups),
+    params,
+    model_state,
+    [dealt(batch, groups) for batch in make_batches(3)],
+  )
+
+  def spread(x):
+    return on(
+      mesh, x, *[None] * (x.ndim - 1), *['fsdp'][: x.shape[-1] % 2 == 0]
+    )
+
+  got = two_steps(
+    conadv.data_parallel(grad_fn, mesh, axis=axis),
+    jax.tree.map(spread, params),
+    on(mesh, model_state),
+    make_batches(3),
+    lambda batch: on(mesh, batch, axis),
+  )
+  chex.assert_trees_all_close(got, expected, **CLOSE)
