@@ -1,33 +1,28 @@
-"""A batch as arrays, and its first part, on meshes of explicit axes too."""
+"""The first part of a batch, on meshes of explicit axes too."""
 
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conadv_optax.core.numeric import describe, share_of
-from conadv_optax.core.paths import named, path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch
 
 
-def as_arrays(batch: Batch) -> Batch:
-  """The batch in JAX's arrays; an error where a leaf cannot be one."""
-
-  def convert(path: tuple[Any, ...], x: Any) -> jax.Array:
+def check_arrays(batch: Batch) -> None:
+  """Every leaf is an array, or can be one."""
+  for path, x in named(batch).items():
     try:
-      return jnp.asarray(x)
+      jax.typeof(x)
     except TypeError as error:
       raise TypeError(
         'Every leaf of a batch is an array of numbers. Leaf '
-        f'{list(path_names(path))} is a {type(x).__name__}, {x!r:.80}. Likely '
-        'a name or a text: keep it out of the batch, `{k: batch[k] for k in '
+        f'{list(path)} is a {type(x).__name__}, {x!r:.80}. Likely a name or a '
+        'text: keep it out of the batch, `{k: batch[k] for k in '
         "('image', 'label')}`."
       ) from error
-
-  return jax.tree_util.tree_map_with_path(convert, batch)
 
 
 def first_part(batch: Batch, fraction: float, size: int) -> Batch:

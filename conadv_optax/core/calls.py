@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from conadv_optax.core.batches import as_arrays
+from conadv_optax.core.batches import check_arrays
 from conadv_optax.core.types import Batch, GradientFunction
 
 NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
@@ -31,6 +32,10 @@ class Call(NamedTuple):
   model_state: Any = None
   key: Any = None
   denominators: Any = None
+
+  def in_jax(self) -> 'Call':
+    """With the arrays of the batch on a device, as JAX's."""
+    return self._replace(batch=jax.tree.map(jnp.asarray, self.batch))
 
   def init(self, grad_fn: GradientFunction) -> Any:
     """Calls `init` of another gradient function."""
@@ -84,7 +89,7 @@ def gradient_function(
     Partial(_value_and_grad, made),
     staleness,
     passes,
-    Partial(_denominators, made) if has_denominators else None,
+    Partial(type(made).denominators, made) if has_denominators else None,
   )
 
 
@@ -106,8 +111,8 @@ def _init(
   key: jax.Array | None = None,
 ) -> Any:
   _check_first_batches(first_batches, staleness)
-  batches = [as_arrays(batch) for batch in first_batches]
-  return made.init(Call(params, None, batches, model_state, key))
+  check_arrays(first_batches)
+  return made.init(Call(params, None, list(first_batches), model_state, key))
 
 
 def _value_and_grad(
@@ -120,14 +125,10 @@ def _value_and_grad(
   key: jax.Array | None = None,
   denominators: Any = None,
 ) -> tuple[Any, Any, Any]:
-  batch = as_arrays(batch)
+  check_arrays(batch)
   return made.value_and_grad(
     Call(params, state, batch, model_state, key, denominators)
   )
-
-
-def _denominators(made: Any, state: Any, batch: Batch) -> Any:
-  return made.denominators(state, as_arrays(batch))
 
 
 def hoist(grad_fn: GradientFunction) -> tuple[dict[int, jax.Array], Any]:

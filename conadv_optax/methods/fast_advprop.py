@@ -178,6 +178,7 @@ class _FastAdvProp:
     return self._seen(*self._split(batch))
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
+    call = call.in_jax()
     self.loss.check(call, draws=self.attack.draws)
     check_state(call.state, 0)
     check_inputs(self.leaf.get(call.batch))

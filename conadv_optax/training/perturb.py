@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from conadv_optax.core.batches import as_arrays, first_part, replace_first
+from conadv_optax.core.batches import check_arrays, first_part, replace_first
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Attack, Batch
@@ -81,7 +82,8 @@ def perturb(
   check_attack(attack)
   check_key(attack.draws, key)
   leaf = _leaf(inputs, argument='inputs')
-  batch = as_arrays(batch)
+  check_arrays(batch)
+  batch = jax.tree.map(jnp.asarray, batch)
   clean = leaf.get(batch)
   check_inputs(clean)
 

@@ -34,6 +34,7 @@ class Ring:
     """The state whose ring holds the first batches, attacked."""
     if self.staleness == 0:
       return ConAdvState((), ())
+    call = call.in_jax()
     for batch in call.batch[1:]:
       check_like(batch, call.batch[0], 'Every one of `first_batches`')
     self.step.check(call, call.batch)
@@ -53,6 +54,7 @@ class Ring:
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
     """A step: the oldest batch leaves the ring, and the newest enters it."""
+    call = call.in_jax()
     self.step.check(call, [call.batch])
     check_state(call.state, self.staleness)
     waited = oldest(call.state)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.batches import as_arrays
 from conadv_optax.core.types import Batch, GradientFunction, Passes, Queue
 from conadv_optax.training.steps import check_passes
 
@@ -99,7 +98,7 @@ def staleness_report(
     passes,
     old_params,
     params,
-    as_arrays(batch),
+    jax.tree.map(jnp.asarray, batch),
     model_state,
     key,
   )

@@ -80,7 +80,9 @@ class Step:
         'adversarial', call.params, call.model_state, batch, key
       )[0]
 
-    divisor = self.loss.denominator and self.loss.divisor(batch)
+    divisor = None
+    if self.loss.denominator is not None:
+      divisor = self.loss.divisor(batch)
     return craft(self.attack, self.leaf, loss, batch, key, divisor=divisor)
 
   def divisors(self, clean: Batch, attacked: Batch) -> Denominators:
