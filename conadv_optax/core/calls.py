@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from conadv_optax.core.batches import check_arrays
-from conadv_optax.core.types import Batch, GradientFunction
+from conadv_optax.core.types import Batch, GradientFunction, Passes
 
 NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
 
@@ -168,3 +168,21 @@ def check_kind(state: Any, kind: type) -> None:
       f'a `{kind.__name__}`. Given a {type(state).__name__}. Write `state = '
       'grad_fn.init(params, first_batches)` with the same `grad_fn`.'
     )
+
+
+def check_passes(grad_fn: GradientFunction, caller: str) -> Passes:
+  """The passes of a gradient function, where it can be taken apart."""
+  if not isinstance(grad_fn, GradientFunction):
+    raise TypeError(
+      f'`{caller}` takes a `conadv.GradientFunction`. Given a '
+      f'{type(grad_fn).__name__}. Write `conadv.{caller}(conadv.wrap(loss_fn, '
+      '...), ...)`.'
+    )
+  if grad_fn.passes is None:
+    raise ValueError(
+      f'`{caller}` needs the attack pass and the training passes apart, and '
+      'this gradient function does not have them: with `reuse_gradient=True` '
+      'there is no attack pass, and `data_parallel` has joined them. Pass what '
+      '`conadv.wrap(loss_fn, ...)` returned, with `reuse_gradient=False`.'
+    )
+  return grad_fn.passes

@@ -17,7 +17,7 @@ _HAIKU_STATISTICS = ('mean_ema', 'var_ema')
 _COLLECTIONS = ('params', 'batch_stats')
 
 
-def _module_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+def module_path(path: tuple[Any, ...]) -> tuple[str, ...]:
   """The path of a leaf as plain names: module, then variable."""
   names = [str(name) for name in path_names(path)]
   # Flax NNX holds a variable's array in an attribute of its own.
@@ -32,7 +32,7 @@ def _module_path(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 def _modules_with_state(model_state: Any) -> Iterable[tuple[str, ...]]:
   for path, _ in jax.tree_util.tree_flatten_with_path(model_state)[0]:
-    module = _module_path(path)[:-1]
+    module = module_path(path)[:-1]
     yield module
     if module and module[-1] in _HAIKU_STATISTICS:
       yield module[:-1]
@@ -50,5 +50,5 @@ def is_norm_parameter(params: Any, model_state: Any) -> Any:
   """
   modules = set(_modules_with_state(model_state))
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: _module_path(path)[:-1] in modules, params
+    lambda path, _: module_path(path)[:-1] in modules, params
   )

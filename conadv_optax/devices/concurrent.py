@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Call, around, check_passes, pytree
 from conadv_optax.core.micro_batches import check_divides
 from conadv_optax.core.types import (
   Batch,
@@ -20,7 +20,6 @@ from conadv_optax.core.types import (
 )
 from conadv_optax.devices import groups
 from conadv_optax.training import queue
-from conadv_optax.training.steps import check_passes
 
 
 def concurrent(

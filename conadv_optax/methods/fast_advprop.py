@@ -25,16 +25,14 @@ from conadv_optax.core.types import (
   GradientFunction,
   LossFn,
 )
-from conadv_optax.training.loss import Loss, split_key
-from conadv_optax.training.queue import check_state
-from conadv_optax.training.steps import (
-  Pass,
+from conadv_optax.training.craft import (
   check_attack,
   check_crafted,
   check_inputs,
-  collect,
-  train,
 )
+from conadv_optax.training.loss import Loss, split_key
+from conadv_optax.training.passes import Pass, collect, train
+from conadv_optax.training.queue import check_state
 
 
 def fast_advprop(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from conadv_optax import dual_bn
-from conadv_optax.core.norm_layers import _module_path, is_norm_parameter
+from conadv_optax.core.norm_layers import module_path, is_norm_parameter
 from conadv_optax.core.numeric import describe
 from conadv_optax.core.paths import path_names
 
@@ -78,7 +78,7 @@ def exclude_norm_and_bias(
   def is_weight(path: Any, leaf: Any, is_norm: bool = False) -> bool:
     if is_norm_or_bias is not None:
       return not is_norm_or_bias(path_names(path), leaf)
-    has_other_name = _NOT_WEIGHTS.isdisjoint(_module_path(path)[-1:])
+    has_other_name = _NOT_WEIGHTS.isdisjoint(module_path(path)[-1:])
     return has_other_name and len(leaf.shape) > 1 and not is_norm
 
   mask = jax.tree_util.tree_map_with_path(is_weight, main, norm)

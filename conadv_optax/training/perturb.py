@@ -10,13 +10,13 @@ from conadv_optax.core.batches import check_arrays, first_part, replace_first
 from conadv_optax.core.paths import LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import Attack, Batch
-from conadv_optax.training.loss import Loss, check_key
-from conadv_optax.training.steps import (
+from conadv_optax.training.craft import (
   check_attack,
   check_fraction,
   check_inputs,
   craft,
 )
+from conadv_optax.training.loss import Loss, check_key
 
 
 def perturb(

@@ -15,8 +15,8 @@ from conadv_optax.core.types import (
   LossFn,
 )
 from conadv_optax.training.loss import Loss
+from conadv_optax.training.passes import Pass, collect, train
 from conadv_optax.training.queue import check_state
-from conadv_optax.training.steps import Pass, collect, train
 
 
 def plain(

@@ -5,7 +5,8 @@ from typing import Any
 from conadv_optax.core.calls import Call, pytree
 from conadv_optax.core.numeric import at_least_float32
 from conadv_optax.core.types import Attack, Batch, Denominators, Queue
-from conadv_optax.training.steps import Step, check_crafted
+from conadv_optax.training.craft import check_crafted
+from conadv_optax.training.steps import Step
 
 
 @pytree('attack', 'weights')

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from conadv_optax.core.calls import check_passes
 from conadv_optax.core.types import Batch, GradientFunction, Passes, Queue
-from conadv_optax.training.steps import check_passes
 
 
 class StalenessReport(NamedTuple):

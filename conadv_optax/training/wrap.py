@@ -35,14 +35,11 @@ from conadv_optax.core.types import (
   Passes,
   Queue,
 )
+from conadv_optax.training.craft import check_attack, check_fraction
 from conadv_optax.training.loss import Loss
 from conadv_optax.training.queue import Ring
 from conadv_optax.training.reuse import ReusedStep, check_reuse
-from conadv_optax.training.steps import (
-  Step,
-  check_attack,
-  check_fraction,
-)
+from conadv_optax.training.steps import Step
 
 # 9 of 255 levels on a scale from -1 to 1, taken as units of normalised inputs:
 # the radius of the largest published run.

@@ -1,0 +1,172 @@
+"""The training passes: one after the other, each in one branch."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from conadv_optax import dual_bn
+from conadv_optax.core.calls import Call
+from conadv_optax.core.numeric import (
+  add_weighted,
+  at_least_float32,
+  cast_like,
+  concrete,
+  is_inexact,
+  weighted,
+)
+from conadv_optax.core.paths import Leaf
+from conadv_optax.core.types import Batch, ConAdvAux
+from conadv_optax.training.loss import Loss
+
+
+class Pass(NamedTuple):
+  """A training pass.
+
+  Attributes:
+    branch: whose norm layers it goes through.
+    batch: its examples.
+    key: of its loss.
+    weight: of its loss in the sum.
+    inputs: where the gradient in the inputs is wanted too, or None.
+  """
+
+  branch: str
+  batch: Batch
+  key: jax.Array | None
+  weight: ArrayLike
+  inputs: jax.Array | None = None
+
+
+class Trained(NamedTuple):
+  """What training passes leave.
+
+  Attributes:
+    losses: the loss of each pass.
+    auxes: the user's own output of each.
+    weights: the weight of each.
+    states: the model state of each branch.
+    gradients: the weighted sum, at least float32; None is zero.
+    of_inputs: the gradient in the inputs, where a pass was asked for it.
+  """
+
+  losses: dict[str, jax.Array]
+  auxes: dict[str, Any]
+  weights: dict[str, ArrayLike]
+  states: dict[str, Any]
+  gradients: Any = None
+  of_inputs: Any = None
+
+
+def train(
+  loss: Loss,
+  call: Call,
+  passes: Mapping[str, Pass],
+  *,
+  leaf: Leaf | None = None,
+  before: Trained | None = None,
+  after: Any = None,
+) -> Trained:
+  """The training passes, one at a time, and none before `after` is there.
+
+  Left to itself the compiler interleaves them and keeps the activations of all.
+
+  Where the call is one group's part of a mean over groups, so is what a pass
+  returns, at least float32.
+  """
+  done = before or Trained({}, {}, {}, {})
+  for name, one in passes.items():
+    params, total = call.params, done.gradients
+    if jax.tree.leaves((after, total)):
+      params, (after, total) = jax.lax.optimization_barrier(
+        (params, (after, total))
+      )
+    (after, (state, aux)), gradients, of_inputs = _one_pass(
+      loss, leaf, call._replace(params=params), one
+    )
+    done = Trained(
+      {**done.losses, name: after},
+      {**done.auxes, name: aux},
+      {**done.weights, name: one.weight},
+      {**done.states, one.branch: state},
+      add_weighted(total, one.weight, gradients),
+      done.of_inputs if of_inputs is None else of_inputs,
+    )
+  return done
+
+
+def _one_pass(
+  loss: Loss, leaf: Leaf | None, call: Call, one: Pass
+) -> tuple[Any, Any, Any]:
+  """`(loss, (model_state, aux)), gradients, of_inputs`."""
+  share = None
+  if call.denominators is not None:
+    share = loss.divisor(one.batch) / call.denominators[one.branch]
+
+  def part(x: Any) -> Any:
+    if share is None or not is_inexact(x):
+      return x
+    return weighted(share, at_least_float32(jnp.asarray(x)))
+
+  def objective(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
+    batch = one.batch
+    if inputs is not None:
+      assert leaf is not None
+      batch = leaf.set(batch, inputs.astype(leaf.get(batch).dtype))
+    value, rest = loss(one.branch, params, call.model_state, batch, one.key)
+    # Inside of what is differentiated: where a loss talks to other devices, its
+    # gradient is a sum over the losses of all.
+    return part(value), rest
+
+  wants_inputs = one.inputs is not None
+  (value, (state, aux)), gradients = jax.value_and_grad(
+    objective, argnums=(0, 1) if wants_inputs else 0, has_aux=True
+  )(call.params, one.inputs)
+  if share is not None:
+    # Of padding alone: the derivative of 0 / 0 is no number, even times 0.
+    gradients = jax.tree.map(
+      lambda g: jnp.where((share == 0) & jnp.isnan(g), jnp.zeros_like(g), g),
+      gradients,
+    )
+  state = jax.tree.map(part, state)
+  # An array of the user's is one value an example.
+  aux = jax.tree.map(lambda x: x if jnp.ndim(x) else part(x), aux)
+  gradients, of_inputs = gradients if wants_inputs else (gradients, None)
+  return (value, (state, aux)), gradients, of_inputs
+
+
+def collect(
+  trained: Trained, call: Call, has_aux: bool
+) -> tuple[tuple[jax.Array, ConAdvAux], Any]:
+  """`(loss, aux), grads` of all passes."""
+  loss = sum(
+    weighted(trained.weights[name], x) for name, x in trained.losses.items()
+  )
+  state = call.model_state
+  if isinstance(state, dual_bn.Branched):
+    for branch, new in trained.states.items():
+      state = dual_bn.replace(state, branch, new)
+  else:
+    state = _shared_state(trained)
+  aux = ConAdvAux(trained.losses, state, trained.auxes if has_aux else None)
+  grads = trained.gradients
+  if call.denominators is None:
+    grads = cast_like(grads, call.params)
+  return (jnp.asarray(loss), aux), grads
+
+
+def _shared_state(trained: Trained) -> Any:
+  """That of the main branch, or of another one where that has no weight."""
+  chosen = trained.states['main']
+  for branch in sorted(trained.states, key=lambda name: name == 'main'):
+    state, weight = trained.states[branch], trained.weights[branch]
+    number = concrete(weight)
+    if number is not None:
+      chosen = state if number != 0 else chosen
+    else:
+      chosen = jax.tree.map(
+        lambda x, y, weight=weight: jnp.where(weight != 0, x, y), state, chosen
+      )
+  return chosen
