@@ -20,7 +20,7 @@ from conadv_optax.core.numeric import (
   check_no_schedule,
   concrete,
 )
-from conadv_optax.devices.groups import check_second_moment
+from conadv_optax.core.second_moment import check_second_moment
 
 
 class NoiseScaleState(NamedTuple):

@@ -18,7 +18,7 @@ from conadv_optax.core.numeric import (
   check_not_negative,
   concrete,
 )
-from conadv_optax.devices import groups
+from conadv_optax.core.second_moment import check_second_moment
 
 
 def scale_by_gsnr(
@@ -108,7 +108,7 @@ def scale_by_gsnr(
     **extra_args: Any,
   ) -> tuple[optax.Updates, optax.EmptyState]:
     del params, extra_args
-    groups.check_second_moment(
+    check_second_moment(
       second_moment,
       updates,
       'tx.update(grads, opt_state, params, second_moment=aux.second_moment)',

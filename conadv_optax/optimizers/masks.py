@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from conadv_optax import dual_bn
-from conadv_optax.core.norm_layers import module_path, is_norm_parameter
+from conadv_optax.core.norm_layers import is_norm_parameter, module_path
 from conadv_optax.core.numeric import describe
 from conadv_optax.core.paths import path_names
 
