@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 from reference.run import models, objective
@@ -320,13 +319,13 @@ def make_noise_scale(
 
 
 def make_augmentation(
-  config: ml_collections.ConfigDict, mesh: Mesh
+  config: ml_collections.ConfigDict,
 ) -> Callable[[jax.Array, Batch], Batch]:
   """Augmented copies of a batch of uint8 images, for `batch_augment`.
 
-  Each device makes those of its own share: a crop of the image padded by an
-  eighth with zeros, and a mirror image with probability 1/2 where the config
-  flips.
+  Each is a crop of the image padded by an eighth with zeros, and a mirror image
+  with probability 1/2 where the config flips. A device makes those of its own
+  share.
   """
 
   def augment_one(key: jax.Array, example: Batch) -> Batch:
@@ -340,15 +339,4 @@ def make_augmentation(
       image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
     return {**example, 'image': image}
 
-  augment = conadv.batch_augment(augment_one, copies(config))
-
-  def local(key: jax.Array, batch: Batch) -> Batch:
-    return augment(jax.random.fold_in(key, jax.lax.axis_index('data')), batch)
-
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(P(), P('data')),
-    out_specs=P('data'),
-    check_vma=False,
-  )
+  return conadv.batch_augment(augment_one, copies(config))

@@ -126,7 +126,7 @@ def make_step(
     metrics: Metrics = {}
     if method.copies:
       augment_key, key = jax.random.split(key)
-      batch = methods.make_augmentation(config, mesh)(augment_key, batch)
+      batch = methods.make_augmentation(config)(augment_key, batch)
     if method.gradient == 'absa':
       rate *= state.absa.learning_rate_scale
       extra['micro_batches'] = state.absa.micro_batches

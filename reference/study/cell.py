@@ -214,7 +214,7 @@ def make_program(
     if config.data.crop == 'pad':
       key = jax.random.fold_in(key, _AUGMENTATION)
       key = jax.random.fold_in(key, position)
-      batch = methods.make_augmentation(config, mesh)(key, batch)
+      batch = methods.make_augmentation(config)(key, batch)
     return batch
 
   def init_fn(

@@ -175,7 +175,7 @@ def test_copies_are_crops_of_the_padded_image():
   config = tiny('batch_augment', **{'data.flip': True})
   mesh = make_mesh(2)
   batch = make_batch(0, 8)
-  augment = jax.jit(methods.make_augmentation(config, mesh))
+  augment = jax.jit(methods.make_augmentation(config))
   result = augment(jax.random.key(1), train.make_placement(mesh)(batch))
   image, label = (np.array(result[name]) for name in ('image', 'label'))
   assert (image.dtype, image.shape) == (np.uint8, (32, 8, 8, 1))
@@ -204,7 +204,7 @@ def test_each_copy_is_a_group_of_its_own():
   state, take, place = start(config, model=Small())
   before, batch = arrays(state), make_batch(0)
   key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
-  augment = jax.jit(methods.make_augmentation(config, make_mesh(1)))
+  augment = jax.jit(methods.make_augmentation(config))
   augmented = jax.tree.map(
     lambda x: np.array(x).reshape(16, 4, *x.shape[1:]).swapaxes(0, 1),
     augment(key, place(batch)),
