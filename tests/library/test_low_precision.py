@@ -1,0 +1,251 @@
+"""Short dtypes: attacks that move as in float32, and steps of any wrapper."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from meshes import make_mesh
+
+import conadv_optax as conadv
+
+SIZES = [256, 4096, 32768]
+SHORT = [jnp.float16, jnp.bfloat16]
+FEATURES = 8
+STATE = conadv.ConAdvState((), ())
+
+
+def margin_loss(w, batch):
+  """Logistic, of small weights: an example moves it by about 0.001."""
+  margin = batch['image'] @ w.astype(batch['image'].dtype)
+  losses = jax.nn.softplus(-margin * batch['y'].astype(margin.dtype))
+  if 'mask' not in batch:
+    return jnp.mean(losses)
+  mask = batch['mask'].astype(losses.dtype)
+  # Not in float16, which ends at 65,504.
+  return jnp.sum(mask * losses, dtype=jnp.float32) / jnp.sum(batch['mask'])
+
+
+def make_problem(size, dtype):
+  rng = np.random.default_rng(size)
+  w = rng.uniform(1e-3, 3e-3, FEATURES) * rng.choice([-1, 1], FEATURES)
+  batch = {
+    'image': jnp.asarray(rng.normal(size=(size, FEATURES)), dtype),
+    'y': jnp.asarray(rng.choice([-1, 1], size), jnp.float32),
+  }
+  return jnp.asarray(w, jnp.float32), batch
+
+
+def uphill(w, batch):
+  """Where every example has to go: its margin falls."""
+  return -np.sign(np.asarray(batch['y'])[:, None] * np.asarray(w))
+
+
+def crafted_by_perturb(attack, w, batch):
+  return jax.jit(
+    lambda w, batch: conadv.perturb(margin_loss, w, batch, attack=attack)
+  )(w, batch)['image']
+
+
+def crafted_by_wrap(attack, w, batch, **kwargs):
+  init = conadv.wrap(margin_loss, attack=attack, **kwargs).init
+  return jax.jit(init)(w, [batch]).queue.adversarial[0]
+
+
+def crafted_over_a_mask(attack, w, batch):
+  """Whose sum is what the loss is divided by."""
+  mask = jnp.ones(len(batch['y']), jnp.float32)
+  return crafted_by_wrap(
+    attack,
+    w,
+    {**batch, 'mask': mask},
+    denominator=lambda batch: batch['mask'].sum(),
+  )
+
+
+WAYS = {
+  'perturb': crafted_by_perturb,
+  'wrap': crafted_by_wrap,
+  'mask': crafted_over_a_mask,
+}
+
+
+@pytest.mark.parametrize('dtype', [*SHORT, jnp.float32])
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('way', list(WAYS))
+def test_every_input_moves_uphill_whatever_the_size(way, size, dtype):
+  w, batch = make_problem(size, dtype)
+  clean = np.float64(batch['image'])
+  moved = WAYS[way](conadv.fgsm(0.25), w, batch)
+  assert moved.dtype == dtype
+  np.testing.assert_array_equal(
+    np.sign(np.float64(moved) - clean), uphill(w, batch)
+  )
+
+
+@pytest.mark.parametrize('dtype', SHORT)
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_several_steps_go_as_far_as_in_float32(norm, dtype):
+  attack = conadv.pgd(0.5, steps=3, norm=norm, random_start=False)
+  w, batch = make_problem(4096, dtype)
+  long = {**batch, 'image': batch['image'].astype(jnp.float32)}
+  short, expected = (
+    np.float64(crafted_by_perturb(attack, w, one)) for one in (batch, long)
+  )
+  # To the resolution of the inputs, some of which are above 2.
+  atol = 8 * float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(short, expected, rtol=0, atol=atol)
+
+
+def test_a_reused_gradient_moves_in_bfloat16():
+  """It is that of training, which nothing scales: float16 underflows."""
+  w, batch = make_problem(4096, jnp.bfloat16)
+  grad_fn = conadv.wrap(
+    margin_loss, attack=conadv.fgsm(0.25), reuse_gradient=True
+  )
+  state = grad_fn.init(w, [batch])
+  _, _, state = jax.jit(grad_fn.value_and_grad)(w, state, batch)
+  moved = np.float64(state.queue.batch['image'][0] - batch['image'])
+  np.testing.assert_array_equal(np.sign(moved), uphill(w, batch))
+
+
+def climb(key, gradient_fn, inputs):
+  """An attack that uses the size of the gradient."""
+  del key
+  start = inputs.astype(jnp.float32)
+  return (start + gradient_fn(start)).astype(inputs.dtype)
+
+
+@pytest.mark.parametrize('size', [1, 12, 256])
+@pytest.mark.parametrize('way', list(WAYS))
+def test_an_attack_sees_the_gradient_of_the_mean(way, size):
+  w, batch = make_problem(size, jnp.float32)
+  batch['image'] = jnp.zeros_like(batch['image'])
+  seen = WAYS[way](conadv.Attack(climb, draws=False), w, batch)
+  expected = jax.grad(lambda x: margin_loss(w, {**batch, 'image': x}))(
+    batch['image']
+  )
+  # A power of two rounds nothing.
+  np.testing.assert_array_equal(seen, expected)
+
+
+@pytest.mark.parametrize('size', [12, 1024])
+def test_an_attack_on_float16_sees_the_gradient_of_float32(size):
+  """In float16 that of 1,024 examples is below the normal numbers."""
+  w, batch = make_problem(size, jnp.float16)
+  long = {**batch, 'image': batch['image'].astype(jnp.float32)}
+  seen = []
+
+  def record(key, gradient_fn, inputs):
+    del key
+    seen.append(gradient_fn(inputs.astype(jnp.float32)))
+    return inputs
+
+  conadv.perturb(
+    margin_loss, w, batch, attack=conadv.Attack(record, draws=False)
+  )
+  expected = jax.grad(lambda x: margin_loss(w, {**long, 'image': x}))(
+    long['image']
+  )
+  assert seen[0].dtype == jnp.float32
+  np.testing.assert_allclose(seen[0], expected, rtol=1e-2)
+
+
+def regression(params, model_state, batch):
+  """In the dtype of the parameters, as a model of short floats is."""
+  dtype = params['head'].dtype
+  hidden = batch['image'].astype(dtype) @ params['hidden']
+  mean = jnp.mean(hidden, axis=0)
+  output = jnp.tanh(hidden - mean[None]) @ params['head']
+  error = output - batch['y'].astype(dtype)
+  model_state = (0.5 * model_state + 0.5 * mean).astype(dtype)
+  return jnp.mean(error**2), model_state
+
+
+def make_model(dtype):
+  rng = np.random.default_rng(4)
+  params = {
+    'hidden': jnp.asarray(rng.normal(size=(FEATURES, 6)), dtype),
+    'head': jnp.asarray(rng.normal(size=6), dtype),
+  }
+  return params, jnp.zeros(6, dtype)
+
+
+wrap = functools.partial(
+  conadv.wrap, regression, attack=conadv.fgsm(0.1), has_state=True
+)
+explicit = make_mesh(8, kind=AxisType.Explicit)
+WRAPPERS = {
+  'plain': lambda: conadv.plain(regression, has_state=True),
+  'wrap': wrap,
+  'reuse': lambda: wrap(reuse_gradient=True),
+  'micro-batches': lambda: conadv.accumulate(wrap(), 8, second_moment=True),
+  'devices': lambda: conadv.data_parallel(wrap(), explicit, second_moment=True),
+  'roles': lambda: conadv.concurrent(
+    wrap(), make_mesh(1, 5, names=('data', 'role'), kind=AxisType.Explicit)
+  ),
+  'sam': lambda: conadv.sam(wrap(), 0.1, penalty=0.7),
+  'LookSAM': lambda: conadv.data_parallel(
+    conadv.sam(wrap(), 0.1, every=2), explicit
+  ),
+  'ahead, past': lambda: conadv.extrapolate(wrap(), 0.1),
+  'ahead, current': lambda: conadv.extrapolate(
+    wrap(), optax.sgd(0.1, momentum=0.5), direction='current'
+  ),
+  'fast advprop': lambda: conadv.fast_advprop(
+    regression, attack=conadv.fgsm(0.1), has_state=True
+  ),
+}
+
+
+@functools.cache
+def trained(wrapper, dtype):
+  grad_fn = WRAPPERS[wrapper]()
+  rng = np.random.default_rng(5)
+  batches = [
+    {
+      'image': jnp.asarray(rng.normal(size=(32, FEATURES)), dtype),
+      'y': jnp.asarray(rng.normal(size=32), jnp.float32),
+    }
+    for _ in range(grad_fn.staleness + 3)
+  ]
+
+  @jax.jit
+  def run(params, model_state, batches):
+    tau = grad_fn.staleness
+    state = grad_fn.init(params, batches[:tau], model_state=model_state)
+    for batch in batches[tau:]:
+      (loss, aux), grads, state = grad_fn.value_and_grad(
+        params, state, batch, model_state=model_state
+      )
+      model_state = aux.model_state
+      params = jax.tree.map(
+        lambda w, g: (w - 0.1 * g).astype(w.dtype), params, grads
+      )
+    return params, loss, aux, grads
+
+  return run(*make_model(dtype), batches)
+
+
+@pytest.mark.parametrize('dtype', SHORT)
+@pytest.mark.parametrize('wrapper', list(WRAPPERS))
+def test_every_wrapper_trains_in_a_short_dtype_as_in_float32(wrapper, dtype):
+  params, loss, aux, grads = trained(wrapper, dtype)
+  long, long_loss, _, long_grads = trained(wrapper, jnp.float32)
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    (grads, aux.model_state), make_model(dtype)
+  )
+  for x in (loss, *aux.losses.values(), *jax.tree.leaves(aux.second_moment)):
+    assert x.dtype == jnp.float32
+  chex.assert_tree_all_finite((params, loss, aux, grads))
+  # Of rounding in three steps; a sign that turns moves an input by 0.2.
+  close = {'rtol': 0, 'atol': 60 * float(jnp.finfo(dtype).eps)}
+  np.testing.assert_allclose(loss, long_loss, **close)
+  for short, wanted in ((params, long), (grads, long_grads)):
+    chex.assert_trees_all_close(
+      jax.tree.map(np.float64, short), jax.tree.map(np.float64, wanted), **close
+    )
