@@ -1,6 +1,7 @@
 """Concurrent Adversarial Learning for large-batch training in JAX."""
 
 from conadv_optax import dual_bn, hessian
+from conadv_optax.attacks.added_leaf import added_leaf
 from conadv_optax.attacks.normalized import Normalized, normalized
 from conadv_optax.attacks.pgd import fast_fgsm, fgsm, pgd
 from conadv_optax.attacks.targets import random_targets
@@ -75,6 +76,7 @@ __all__ = [
   'absa',
   'accumulate',
   'adaptive_multi_steps',
+  'added_leaf',
   'batch_augment',
   'concurrent',
   'data_parallel',

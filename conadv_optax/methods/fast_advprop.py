@@ -46,6 +46,7 @@ def fast_advprop(
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
+  has_branch: bool = False,
 ) -> GradientFunction:
   r"""Clean and adversarial examples unpaired, and no pass for the attack alone.
 
@@ -98,6 +99,8 @@ def fast_advprop(
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
     has_key: whether `loss_fn` also takes `key=`.
+    has_branch: whether `loss_fn` also takes `branch=`: 'attack', 'adversarial'
+      or 'main'.
 
   Returns:
     A `GradientFunction` of staleness 0. Its loss is weighted like its gradient;
@@ -150,7 +153,7 @@ def fast_advprop(
     _FastAdvProp(
       attack,
       attack_weight,
-      Loss(loss_fn, has_state, has_aux, has_key, denominator),
+      Loss(loss_fn, has_state, has_aux, has_key, has_branch, denominator),
       _leaf(inputs, argument='inputs'),
       adversarial_fraction,
     ),

@@ -24,18 +24,36 @@ class Loss:
   has_state: bool = False
   has_aux: bool = False
   has_key: bool = False
+  has_branch: bool = False
   denominator: Callable[[Batch], ArrayLike] | None = None
 
   def __call__(
-    self, branch: str, params: Any, model_state: Any, batch: Batch, key: Any
+    self,
+    branch: str,
+    params: Any,
+    model_state: Any,
+    batch: Batch,
+    key: Any,
+    *,
+    name: str | None = None,
   ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """`loss, (model_state, aux)` of one branch, the loss at least float32."""
+    """`loss, (model_state, aux)` of one branch, the loss at least float32.
+
+    Args:
+      branch: whose parameters and state the loss gets.
+      params: the parameters of all.
+      model_state: the model state of all.
+      batch: the examples.
+      key: of the loss.
+      name: what the loss is told that it is for; None is the branch.
+    """
     state = dual_bn.select(model_state, branch)
     output = self.function(
       dual_bn.select(params, branch),
       *([state] if self.has_state else []),
       batch,
       **({'key': key} if self.has_key else {}),
+      **({'branch': name or branch} if self.has_branch else {}),
     )
     return self._unpack(output, state)
 

@@ -84,7 +84,7 @@ def train(
         (params, (after, total))
       )
     (after, (state, aux)), gradients, of_inputs = _one_pass(
-      loss, leaf, call._replace(params=params), one
+      loss, leaf, call._replace(params=params), name, one
     )
     done = Trained(
       {**done.losses, name: after},
@@ -98,7 +98,7 @@ def train(
 
 
 def _one_pass(
-  loss: Loss, leaf: Leaf | None, call: Call, one: Pass
+  loss: Loss, leaf: Leaf | None, call: Call, name: str, one: Pass
 ) -> tuple[Any, Any, Any]:
   """`(loss, (model_state, aux)), gradients, of_inputs`."""
   share = None
@@ -115,7 +115,8 @@ def _one_pass(
     if inputs is not None:
       assert leaf is not None
       batch = leaf.set(batch, inputs.astype(leaf.get(batch).dtype))
-    value, rest = loss(one.branch, params, call.model_state, batch, one.key)
+    at = one.branch, params, call.model_state, batch, one.key
+    value, rest = loss(*at, name=name)
     # Inside of what is differentiated: where a loss talks to other devices, its
     # gradient is a sum over the losses of all.
     return part(value), rest

@@ -26,6 +26,7 @@ def plain(
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
+  has_branch: bool = False,
 ) -> GradientFunction:
   r"""The gradient of a loss, for what takes a `GradientFunction`.
 
@@ -43,6 +44,7 @@ def plain(
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
     has_key: whether `loss_fn` also takes `key=`.
+    has_branch: whether `loss_fn` also takes `branch=`, here 'main'.
 
   Returns:
     A `GradientFunction` of staleness 0. Its loss is at least float32.
@@ -64,7 +66,7 @@ def plain(
     You et al., `Large Batch Training of Convolutional Networks
     <https://arxiv.org/abs/1708.03888>`_, 2017: the step at its largest batches
   """
-  loss = Loss(loss_fn, has_state, has_aux, has_key, denominator)
+  loss = Loss(loss_fn, has_state, has_aux, has_key, has_branch, denominator)
   return gradient_function(
     _Plain(loss), 0, has_denominators=denominator is not None
   )

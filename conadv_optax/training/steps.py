@@ -66,9 +66,8 @@ class Step:
     batch = self.part(batch)
 
     def loss(batch: Batch, key: Any) -> jax.Array:
-      return self.loss(
-        'adversarial', call.params, call.model_state, batch, key
-      )[0]
+      at = 'adversarial', call.params, call.model_state, batch, key
+      return self.loss(*at, name='attack')[0]
 
     divisor = None
     if self.loss.denominator is not None:

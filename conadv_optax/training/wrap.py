@@ -60,6 +60,7 @@ def wrap(
   has_state: bool = False,
   has_aux: bool = False,
   has_key: bool = False,
+  has_branch: bool = False,
 ) -> GradientFunction:
   r"""The gradient of clean and adversarial loss together, without the wait.
 
@@ -95,8 +96,8 @@ def wrap(
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.
       With `has_state`, `loss_fn(params, model_state, batch)` returns
-      `(loss, model_state)`; `has_aux` and `has_key` change it as below. It sees
-      the ordinary trees of one branch.
+      `(loss, model_state)`; `has_aux`, `has_key` and `has_branch` change it as
+      below. It sees the ordinary trees of one branch.
     staleness: :math:`\tau`, how many steps old the parameters of an attack
       are. 0 attacks the batch that is trained on, then trains; give the attack
       `random_targets` then, or it leaks the labels through batch statistics.
@@ -132,6 +133,11 @@ def wrap(
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
     has_key: whether `loss_fn` also takes `key=`, for dropout say.
+    has_branch: whether `loss_fn` also takes `branch=`, what it is called for:
+      'main', 'adversarial', the name of an extra branch, or 'attack' for the
+      loss that the attack climbs (with `reuse_gradient` that is 'main'). So the
+      attack can have no label smoothing, statistics in evaluation mode, or
+      another loss than training.
 
   Returns:
     A `GradientFunction`. Its loss is the weighted sum of the branches' and, as
@@ -183,7 +189,7 @@ def wrap(
   fields = (
     attack,
     dict(weights),
-    Loss(loss_fn, has_state, has_aux, has_key, denominator),
+    Loss(loss_fn, has_state, has_aux, has_key, has_branch, denominator),
     _leaf(inputs, argument='inputs'),
     {
       name: _leaf(spec, argument=f'extra_branches[{name!r}]')

@@ -111,6 +111,9 @@ _NET = {
 }
 
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+  'added_leaf': {
+    'noise': {'name': 'noise', 'like': lambda batch: batch['x']},
+  },
   'accumulate': {
     form: {'grad_fn': _WRAPS[form], 'micro_batches': 2}
     for form in ('staleness-0', 'staleness-3', 'reuse_gradient', 'everything')
