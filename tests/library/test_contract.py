@@ -212,6 +212,15 @@ def test_augmentation_is_drawn_by_key_alone(case):
   assert not np.any(np.asarray(first) == np.asarray(second))
 
 
+@pytest.mark.parametrize('case', cases('leaf'))
+def test_leaf_reads_what_it_wrote(case):
+  (get, write), batch = case.make(), make_batch(0)
+  value = get(batch) + 1
+  written = jax.jit(write)(batch, value)
+  chex.assert_trees_all_equal(get(written), value)
+  chex.assert_trees_all_equal({k: written[k] for k in batch}, batch)
+
+
 @pytest.mark.parametrize('case', cases('helper'))
 def test_helper_is_pure_and_can_be_traced(case):
   leaves, treedef = jax.tree.flatten(case.arguments)

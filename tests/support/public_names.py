@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 
 import conadv_optax as conadv
 from conadv_optax.attacks.targets import Targets
+from conadv_optax.core.paths import Leaf
 from conadv_optax.methods.batch_augment import BatchAugmentation
 
 
@@ -345,6 +346,7 @@ def kind(function: Callable[..., Any]) -> str:
     Targets: 'targets',
     conadv.hessian.Operator: 'operator',
     BatchAugmentation: 'augmentation',
+    Leaf: 'leaf',
   }.get(returned, 'helper')
 
 
