@@ -1,0 +1,299 @@
+"""Where a weight, a radius or a share reaches its end."""
+
+import decimal
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meshes import make_mesh
+
+import conadv_optax as conadv
+from conadv_optax.core.numeric import share_of
+
+ONE = np.ones([], np.float32)
+
+
+def mean_is_the_state(w, model_state, batch):
+  """The state is the mean of what a branch saw."""
+  del model_state
+  mean = jnp.mean(batch['image'])
+  return mean * w, {'mean': mean, 'calls': jnp.int32(1)}
+
+
+def seen_by(weights, traced, spread=lambda fn: fn):
+  """The mean of the branch whose state is kept: 1, 2 (attacked) or 5."""
+  batch = {'image': jnp.ones((4, 2)), 'view': jnp.full((4, 2), 5.0)}
+  state = {'mean': jnp.zeros([]), 'calls': jnp.int32(0)}
+
+  def step(values):
+    grad_fn = conadv.wrap(
+      mean_is_the_state,
+      0,
+      attack=conadv.fgsm(1.0),
+      weights=dict(zip(weights, values, strict=True)),
+      extra_branches={'extra': 'view'} if 'extra' in weights else None,
+      has_state=True,
+    )
+    grad_fn = spread(grad_fn)
+    (_, aux), _, _ = grad_fn.value_and_grad(
+      ONE, grad_fn.init(ONE, []), batch, model_state=state
+    )
+    return aux.model_state
+
+  values = list(weights.values())
+  if traced:
+    new = jax.jit(step)([jnp.float32(value) for value in values])
+  else:
+    new = step(values)
+  assert int(new['calls']) == 1
+  return float(new['mean'])
+
+
+@pytest.mark.parametrize('traced', [False, True])
+@pytest.mark.parametrize(
+  ('weights', 'kept'),
+  [
+    ({'main': 1.0, 'adversarial': 1.0}, 1),
+    ({'main': 1e-9, 'adversarial': 1.0}, 1),
+    ({'main': 1.0, 'adversarial': 0.0}, 1),
+    ({'main': 0.0, 'adversarial': 1.0}, 2),
+    ({'main': 0.0, 'adversarial': 0.0, 'extra': 1.0}, 5),
+    ({'main': 0.0, 'adversarial': 1.0, 'extra': 0.0}, 2),
+    ({'main': 1.0, 'adversarial': 0.0, 'extra': 1.0}, 1),
+    # Nobody has weight: as ever, that of the main branch.
+    ({'main': 0.0, 'adversarial': 0.0}, 1),
+  ],
+  ids=str,
+)
+def test_a_shared_state_follows_a_branch_that_has_weight(weights, kept, traced):
+  assert seen_by(weights, traced) == kept
+
+
+@pytest.mark.parametrize('traced', [False, True])
+def test_a_shared_state_follows_on_devices_too(traced):
+  weights = {'main': 0.0, 'adversarial': 1.0}
+  for spread in (
+    lambda fn: conadv.accumulate(fn, 2),
+    lambda fn: conadv.data_parallel(fn, make_mesh(4)),
+  ):
+    assert seen_by(weights, traced, spread) == 2
+
+
+def net_loss(params, batch):
+  hidden = jnp.tanh(batch['x'].astype(params['b'].dtype) @ params['a'])
+  return jnp.mean((hidden @ params['b'] - 1) ** 2)
+
+
+def make_net(dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  params = {
+    'a': jnp.asarray(rng.normal(size=(20, 16)), dtype),
+    'b': jnp.ones(16, dtype),
+  }
+  return params, {'x': jnp.asarray(rng.normal(size=(64, 20)), jnp.float32)}
+
+
+def distance(x, y):
+  """Between two trees, over the size of the second."""
+  x, y = (
+    jax.tree.map(lambda leaf: leaf.astype(jnp.float32), t) for t in (x, y)
+  )
+  return float(optax.tree.norm(optax.tree.sub(x, y)) / optax.tree.norm(y))
+
+
+def apart(fn, batch, params, *, steps=6, radius=lambda t: t * 0.0):
+  """How far each step's gradient is from the plain one of JAX."""
+
+  @jax.jit
+  def step(params, state, t):
+    _, grads, state = fn(radius(t)).value_and_grad(params, state, batch)
+    return grads, jax.grad(net_loss)(params, batch), state
+
+  state, distances = fn(0.0).init(params, []), []
+  for t in range(steps):
+    grads, plain, state = step(params, state, jnp.float32(t))
+    distances.append(distance(grads, plain))
+    params = jax.tree.map(
+      lambda w, g: w - jnp.asarray(0.01, w.dtype) * g, params, plain
+    )
+  return distances
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('every', [2, 3])
+def test_look_sam_of_radius_zero_is_the_gradient(every, dtype):
+  params, batch = make_net(dtype)
+  for fn in (
+    lambda radius: conadv.sam(net_loss, radius, every=every),
+    lambda radius: conadv.data_parallel(
+      conadv.sam(net_loss, radius, every=every, axis='data'), make_mesh(1)
+    ),
+  ):
+    far = max(apart(fn, batch, params))
+    assert far <= 4 * float(jnp.finfo(dtype).eps)
+
+
+def test_look_sam_of_a_radius_that_warms_up_from_zero():
+  params, batch = make_net()
+  distances = apart(
+    lambda radius: conadv.sam(net_loss, radius, every=2),
+    batch,
+    params,
+    radius=lambda t: 0.05 * jnp.maximum(t - 3, 0),
+  )
+  # Step 4 is the first of these to take a second gradient, with 0.05; what it
+  # keeps is used at step 5, in the size of the gradient.
+  assert max(distances[:4]) < 1e-6
+  assert distances[4] > 1e-2
+  assert distances[5] > 0.1
+
+
+def bowl(w, batch):
+  """Whose gradient points to the middle: the sharp one is parallel."""
+  return 0.5 * jnp.sum(w**2) * jnp.mean(batch).astype(w.dtype)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1e-3, 0.05, 2.0]))
+def test_look_sam_keeps_nothing_of_parallel_gradients(dtype, seed, radius):
+  rng = np.random.default_rng(seed)
+  w = jnp.asarray(rng.normal(size=500), dtype)
+  step = bowl_step(dtype)
+  state = conadv.sam(bowl, 0.1, every=2).init(w, [])
+  for _ in range(2):
+    grads, state = step(w, state, jnp.float32(radius))
+    unit = np.float64(w) / np.linalg.norm(np.float64(w))
+    grads = np.float64(grads)
+    beside = grads - (grads @ unit) * unit
+    eps = float(jnp.finfo(dtype).eps)
+    assert np.linalg.norm(beside) < 8 * eps * np.linalg.norm(grads)
+
+
+@functools.cache
+def bowl_step(dtype):
+  del dtype  # Each has a program.
+
+  @jax.jit
+  def step(w, state, radius):
+    grad_fn = conadv.sam(bowl, radius, every=2)
+    return grad_fn.value_and_grad(w, state, jnp.ones(3))[1:]
+
+  return step
+
+
+@pytest.mark.parametrize('slope', [1e-3, 1e-4])
+def test_look_sam_keeps_little_that_is_no_rounding(slope):
+  """A sharp gradient that is turned by `slope`, with curvature in one entry."""
+
+  def loss(w, batch):
+    return w[0] + w[1] + 0.5 * slope * w[0] ** 2 * jnp.mean(batch)
+
+  grad_fn = conadv.sam(loss, 2.0, every=2, reuse_weight=0.5)
+  w, batch = jnp.zeros(2), jnp.ones(2)
+  state = grad_fn.init(w, [])
+  _, _, state = grad_fn.value_and_grad(w, state, batch)
+  _, grads, _ = grad_fn.value_and_grad(w, state, batch)
+  # Half of the gradient's length, at a right angle to it.
+  np.testing.assert_allclose(grads, [1.5, 0.5], rtol=1e-2)
+
+
+@pytest.mark.parametrize('every', [1, 2])
+def test_sam_keeps_float64(every):
+  """A weight in float32 would be wrong in the eighth digit."""
+  with jax.enable_x64(True):
+    hessian = np.array([[2.0, 0.3], [0.3, 1.0]])
+    w, batch = np.array([1.0, -3.0]), jnp.ones(2, jnp.float64)
+
+    def loss(w, batch):
+      return 0.5 * w @ jnp.asarray(hessian) @ w * jnp.mean(batch)
+
+    grad_fn = conadv.sam(loss, 0.1, every=every, reuse_weight=0.7, penalty=0.9)
+    w_jax = jnp.asarray(w)
+    state = grad_fn.init(w_jax, [])
+    returned = []
+    for _ in range(2):
+      _, grads, state = grad_fn.value_and_grad(w_jax, state, batch)
+      returned.append(grads)
+  g = hessian @ w
+  sharp = hessian @ (w + 0.1 * g / np.linalg.norm(g))
+  beside = sharp - (sharp @ g) / (g @ g) * g
+  later = g + 0.7 * np.linalg.norm(g) / np.linalg.norm(beside) * beside
+  wanted = [sharp, sharp if every == 1 else later]
+  for grads, second in zip(returned, wanted, strict=True):
+    assert grads.dtype == np.float64
+    np.testing.assert_allclose(grads, 0.1 * g + 0.9 * second, rtol=1e-12)
+
+
+@given(st.integers(1, 1000), st.integers(1, 100_000))
+def test_a_share_is_that_of_the_decimal(thousandths, size):
+  share = decimal.Decimal(thousandths) / 1000
+  expected = max(1, math.floor(share * size))
+  for written in (
+    thousandths / 1000,
+    float(f'{share}'),
+    1 - (1000 - thousandths) / 1000,
+    thousandths * 0.001,
+  ):
+    assert share_of(written, size) == expected
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'size', 'count'),
+  [
+    (0.29, 100, 29),
+    (1 - 0.8, 10, 2),
+    (0.1, 5, 1),
+    (1 / 3, 9, 3),
+    (0.999, 9, 8),
+  ],
+)
+def test_as_many_are_attacked(fraction, size, count):
+  batch = {'image': jnp.ones((size, 1))}
+
+  def loss(w, batch):
+    return jnp.mean(w * batch['image'])
+
+  attack = conadv.fgsm(0.5)
+  mixed = conadv.perturb(
+    loss, ONE, batch, attack=attack, adversarial_fraction=fraction
+  )
+  assert int(jnp.sum(mixed['image'] > 1)) == count
+  wrapped = conadv.wrap(loss, attack=attack, adversarial_fraction=fraction)
+  assert wrapped.init(ONE, [batch]).queue.adversarial.shape == (1, count, 1)
+  fast = conadv.fast_advprop(
+    loss, attack=attack, adversarial_fraction=fraction, attack_weight=0.0
+  )
+  (loss, _), _, _ = fast.value_and_grad(ONE, fast.init(ONE, []), batch)
+  chex.assert_trees_all_close(loss, 1 + 0.5 * count / size, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+  st.lists(
+    st.tuples(*[st.sampled_from([-1.0, 0.0, 1.0])] * 2), min_size=6, max_size=6
+  )
+)
+def test_a_report_counts_what_is_moved(pairs):
+  old, new = np.float32(pairs).T
+  report = conadv.staleness_report(
+    LINEAR, jnp.asarray(old), jnp.asarray(new), {'image': jnp.ones((4, 6))}
+  )
+  moved = (old != 0) | (new != 0)
+  expected = np.mean((old == new)[moved]) if moved.any() else np.nan
+  np.testing.assert_allclose(report.sign_agreement, expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    report.stale_gain, 0.1 * np.sign(old) @ new, atol=1e-5
+  )
+
+
+LINEAR = conadv.wrap(
+  lambda w, batch: jnp.mean(batch['image'] @ w), attack=conadv.fgsm(0.1)
+)
