@@ -51,6 +51,7 @@ def lars(
   trust_ratio: Literal['separate', 'joint'] = 'separate',
   momentum_over: Literal['scaled', 'raw'] = 'scaled',
   max_trust_ratio: ArrayLike | None = None,
+  trust_clip: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Layer-wise adaptive rate scaling, in the forms that are in use.
 
@@ -93,6 +94,8 @@ def lars(
     trust_ratio: 'separate' or 'joint'.
     momentum_over: 'scaled' or 'raw'.
     max_trust_ratio: the largest ratio, None for no limit.
+    trust_clip: LARC: take :math:`\min(r / \eta, 1)` for the ratio, so that no
+      layer's rate :math:`\eta r` is above the learning rate.
 
   Returns:
     A gradient transformation; `update` needs `params`, and its updates have the
@@ -132,7 +135,9 @@ def lars(
   ):
     check_no_schedule(name, coefficient)
 
-  def ratio(w: jax.Array, x: jax.Array, decay: ArrayLike) -> jax.Array:
+  def ratio(
+    w: jax.Array, x: jax.Array, decay: ArrayLike, rate: ArrayLike
+  ) -> jax.Array:
     w_norm, x_norm = _norm(w), _norm(x)
     defined = (w_norm > 0) & (x_norm > 0)
     below = x_norm + _as(x_norm, decay) * w_norm + _as(x_norm, eps)
@@ -140,6 +145,9 @@ def lars(
     r = jnp.where(defined, above / jnp.where(defined, below, 1.0), 1.0)
     if max_trust_ratio is not None:
       r = jnp.minimum(r, _as(r, max_trust_ratio))
+    if trust_clip:
+      lr = _as(r, rate)
+      r = jnp.minimum(jnp.where(lr > 0, r / jnp.where(lr > 0, lr, 1.0), r), 1.0)
     return r.astype(w.dtype)
 
   def init_fn(params: optax.Params) -> LarsState:
@@ -176,8 +184,8 @@ def lars(
       d = inside * g
       if is_weight:
         d = g + wd * w
-        r = ratio(w, g, decay) if trust_ratio == 'separate' else ratio(w, d, 0)
-        d = inside * r * d
+        of: Any = (g, decay) if trust_ratio == 'separate' else (d, 0)
+        d = inside * ratio(w, *of, rate) * d
       v = m * v + d
       step = m * v + d if nesterov else v
       return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])

@@ -388,3 +388,45 @@ def test_default_mask_leaves_branches_of_norm_layers_plain():
   chex.assert_trees_all_equal(updates.branches['adversarial']['norm'], plain)
   # |w| = |g| = 2: 0.01 * 2 / (2 + 0.5 * 2) * (1 + 0.5 * 1)
   chex.assert_trees_all_close(updates.main['conv'], jnp.full((2, 2), -0.01))
+
+
+@pytest.mark.parametrize('peak', [1e-4, 0.02, 5.0])
+def test_trust_clip_is_larc(peak):
+  """Against NumPy, and as a coefficient over the rate that is limited to 1."""
+  params, grads = make_params(), make_grads(0)
+  tx = conadv.lars(
+    optax.linear_schedule(0.0, 2 * peak, 2),
+    weight_decay=DECAY,
+    trust_coefficient=TRUST,
+    mask=True,
+    trust_clip=True,
+  )
+  state = tx.init(params)
+  # At a rate of 0 nothing moves, and nothing is divided.
+  first, state = tx.update(grads, state, params)
+  chex.assert_trees_all_equal(first, jax.tree.map(jnp.zeros_like, params))
+  got, _ = tx.update(grads, state, params)
+
+  def step(w, g):
+    w, g = np.float64(w), np.float64(g)
+    norms = np.linalg.norm(w), np.linalg.norm(g)
+    ratio = 1.0
+    if min(norms) > 0:
+      ratio = TRUST * norms[0] / (norms[1] + DECAY * norms[0])
+    return -peak * min(ratio / peak, 1.0) * (g + DECAY * w)
+
+  chex.assert_trees_all_close(
+    got, jax.tree.map(step, params, grads), rtol=1e-5, atol=1e-9
+  )
+  injected = conadv.lars(
+    peak,
+    weight_decay=DECAY,
+    trust_coefficient=TRUST / peak,
+    mask=True,
+    max_trust_ratio=1.0,
+  )
+  dense = {'kernel': params['dense']['kernel']}
+  other, _ = injected.update(
+    {'kernel': grads['dense']['kernel']}, injected.init(dense), dense
+  )
+  np.testing.assert_allclose(got['dense']['kernel'], other['kernel'], rtol=1e-5)
