@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from meshes import make_mesh
 
@@ -232,13 +232,19 @@ def test_sam_keeps_float64(every):
     np.testing.assert_allclose(grads, 0.1 * g + 0.9 * second, rtol=1e-12)
 
 
-@given(st.integers(1, 1000), st.integers(1, 100_000))
-def test_a_share_is_that_of_the_decimal(thousandths, size):
-  share = decimal.Decimal(thousandths) / 1000
-  expected = max(1, math.floor(share * size))
+# Sizes of which the share is a whole number, too, where a last digit decides.
+@given(
+  st.integers(1, 1000),
+  st.integers(1, 500),
+  st.sampled_from([1, 10, 100, 1000]),
+)
+@example(290, 1, 100)
+@example(200, 1, 10)
+def test_a_share_is_that_of_the_decimal(thousandths, count, unit):
+  size = count * unit
+  expected = max(1, math.floor(decimal.Decimal(thousandths) / 1000 * size))
   for written in (
     thousandths / 1000,
-    float(f'{share}'),
     1 - (1000 - thousandths) / 1000,
     thousandths * 0.001,
   ):
