@@ -184,8 +184,8 @@ def lars(
       d = inside * g
       if is_weight:
         d = g + wd * w
-        of: Any = (g, decay) if trust_ratio == 'separate' else (d, 0)
-        d = inside * ratio(w, *of, rate) * d
+        x, beside = (g, decay) if trust_ratio == 'separate' else (d, 0)
+        d = inside * ratio(w, x, beside, rate) * d
       v = m * v + d
       step = m * v + d if nesterov else v
       return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])
