@@ -281,6 +281,30 @@ def test_as_many_are_attacked(fraction, size, count):
   chex.assert_trees_all_close(loss, 1 + 0.5 * count / size, rtol=1e-6)
 
 
+@pytest.mark.parametrize('reuse', [False, True])
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_a_nan_in_an_input_gradient_stays_out_of_the_queue(norm, reuse):
+  """The square root has no slope at the 0 of one example, and a value."""
+
+  def loss(w, batch):
+    return jnp.mean(w * jnp.sqrt(jnp.sum(batch['image'] ** 2, axis=1)))
+
+  grad_fn = conadv.wrap(
+    loss, attack=conadv.fgsm(0.5, norm=norm), reuse_gradient=reuse
+  )
+  batch = {'image': jnp.array([[0.0, 0.0], [3.0, 0.0], [0.0, -4.0]])}
+  state = grad_fn.init(ONE, [batch])
+  for _ in range(2):
+    (value, _), grads, state = grad_fn.value_and_grad(ONE, state, batch)
+    queue = state.queue
+    waiting = queue.batch['image'] if reuse else queue.adversarial
+    np.testing.assert_allclose(
+      waiting[0], [[0, 0], [3.5, 0], [0, -4.5]], rtol=1e-6
+    )
+    # Lengths of 0, 3 and 4, and 0, 3.5 and 4.5.
+    chex.assert_trees_all_close((value, grads), (2.5, 2.5), rtol=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
   st.lists(
