@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import conadv_optax as conadv
+
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGES = sorted(
   page for page in DOCS.rglob('*.md') if '_build' not in page.parts
@@ -81,3 +83,14 @@ def test_no_block_is_hidden_from_the_tests(page):
   }
   assert set(fences) <= known
   assert not re.search(r'^ +```python', page.read_text(), re.M)
+
+
+@pytest.mark.parametrize('page', sorted((DOCS / 'api').glob('*.md')), ids=name)
+def test_a_page_of_the_api_is_a_package(page):
+  homes = conadv, conadv.dual_bn, conadv.hessian
+  for entry in re.findall(r'^\.\. auto\w+:: (\w+)$', page.read_text(), re.M):
+    [found] = [getattr(home, entry) for home in homes if hasattr(home, entry)]
+    library, *rest = found.__module__.split('.')
+    # What all packages stand on is told where it is used.
+    if library == 'conadv_optax' and rest[0] != 'core':
+      assert rest[0] == page.stem, entry
