@@ -72,6 +72,7 @@ def make_growth(
       params,
       batch,
       micro_batches=config.accumulate,
+      denominator=objective.count_images,
     )
     pairs = conadv.hessian.top_eigenpairs(
       matvec,

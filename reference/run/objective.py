@@ -82,10 +82,14 @@ def make_evaluation_loss(
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
     )
-    mask = batch.get('mask')
-    if mask is None:
-      return losses.mean()
-    count = jnp.maximum(mask.sum(dtype=jnp.float32), 1.0)
+    mask = batch.get('mask', True)
+    count = jnp.maximum(count_images(batch), 1.0)
     return jnp.where(mask, losses, 0.0).sum() / count
 
   return loss_fn
+
+
+def count_images(batch: Batch) -> jax.Array:
+  """The images that the evaluation loss is a mean of."""
+  mask = batch.get('mask', jnp.ones_like(batch['label'], bool))
+  return mask.sum(dtype=jnp.float32)

@@ -85,6 +85,7 @@ def analyse(
       flat,
       batch,
       micro_batches=micro_batches,
+      denominator=objective.count_images,
     )
     return hessian.spectral_density(
       matvec, flat, key=jax.random.key(0), degree=degree, probes=probes
