@@ -33,6 +33,8 @@ extensions = [
 exclude_patterns = ['_build']
 # Single backticks in docstrings are names.
 default_role = 'literal'
+# Quotes as they are: the FAQ is searched for the text of errors.
+smartquotes = False
 nitpicky = True
 nitpick_ignore = [('py:class', 'collections.abc.Callable')]  # Not of this site.
 
