@@ -87,6 +87,14 @@ def own_keys():
   return np.asarray(jax.vmap(spell)(jnp.append(passed, split)))
 
 
+def children(rows):
+  """The keys that `split` makes of spelled ones."""
+  halves = rows.astype(np.uint32).reshape(-1, 2, 2)
+  keys = jax.random.wrap_key_data((halves[..., 0] << 16) | halves[..., 1])
+  split = jax.vmap(functools.partial(jax.random.split, num=3))(keys)
+  return np.asarray(jax.vmap(spell)(split.reshape(-1)))
+
+
 def distinct(rows):
   return {tuple(row) for row in rows}
 
@@ -101,6 +109,9 @@ def test_init_and_steps_share_no_key(staleness):
   assert len(together) == 3 * staleness + (STEPS + 1) * 5
   assert len(distinct(together)) == len(together)
   assert not distinct(initial) & distinct(own_keys())
+  # Of the keys that a loss gets it makes its own.
+  for of_branch in of_steps[1:]:
+    assert not distinct(together) & distinct(children(of_branch))
 
 
 GROUPS = {

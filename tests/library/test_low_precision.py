@@ -133,6 +133,29 @@ def test_an_attack_sees_the_gradient_of_the_mean(way, size):
   np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.parametrize('size', [64, 4096])
+def test_an_attack_on_one_example_among_padding(size):
+  """The gradient is that of one example, and float16 holds no multiple."""
+
+  def loss(w, batch):
+    real = batch['mask'].astype(batch['image'].dtype)
+    return jnp.sum(real * batch['image'] * w) / jnp.sum(real)
+
+  batch = {
+    'image': jnp.zeros(size, jnp.float16),
+    'mask': jnp.zeros(size).at[0].set(1),
+  }
+  grad_fn = conadv.wrap(
+    loss,
+    attack=conadv.Attack(climb, draws=False),
+    denominator=lambda batch: batch['mask'].sum(),
+  )
+  state = grad_fn.init(jnp.float16(500), [batch])
+  expected = np.zeros(size)
+  expected[0] = 500
+  np.testing.assert_array_equal(state.queue.adversarial[0], expected)
+
+
 @pytest.mark.parametrize('size', [12, 1024])
 def test_an_attack_on_float16_sees_the_gradient_of_float32(size):
   """In float16 that of 1,024 examples is below the normal numbers."""
@@ -153,6 +176,49 @@ def test_an_attack_on_float16_sees_the_gradient_of_float32(size):
   )
   assert seen[0].dtype == jnp.float32
   np.testing.assert_allclose(seen[0], expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+  'spread',
+  [
+    lambda fn: conadv.accumulate(fn, 4),
+    lambda fn: conadv.data_parallel(fn, make_mesh(4)),
+    lambda fn: conadv.data_parallel(conadv.accumulate(fn, 2), make_mesh(2)),
+  ],
+  ids=['micro-batches', 'devices', 'both'],
+)
+def test_a_group_that_is_all_of_a_mean_does_not_overflow(spread):
+  """It counts four times in each branch, and float16 does not hold both."""
+
+  def loss(w, model_state, batch):
+    mean = jnp.sum(batch['image'] * batch['mask']) / jnp.sum(batch['mask'])
+    mean = mean.astype(w.dtype)
+    new_state = mean.astype(model_state.dtype)
+    return mean * w, (new_state, {'each': batch['image']})
+
+  size = np.float32(1.2e4)
+  # The first example is in the first group, however they are dealt.
+  batch = {'image': np.full(8, size), 'mask': np.float32([1] + [0] * 7)}
+  grad_fn = spread(
+    conadv.wrap(
+      loss,
+      0,
+      attack=conadv.fgsm(0.0),
+      weights={'main': 1.0, 'adversarial': 1.0},
+      denominator=lambda batch: batch['mask'].sum(),
+      has_state=True,
+      has_aux=True,
+    )
+  )
+  w = jnp.ones([], jnp.float16)
+  (value, aux), grads, _ = grad_fn.value_and_grad(
+    w, grad_fn.init(w, []), batch, model_state=jnp.zeros([], jnp.float16)
+  )
+  chex.assert_trees_all_equal_dtypes((grads, aux.model_state), (w, w))
+  for got, wanted in ((value, 2), (grads, 2), (aux.model_state, 1)):
+    np.testing.assert_allclose(np.float32(got), wanted * size, rtol=1e-3)
+  # What is one value an example is of no mean.
+  np.testing.assert_array_equal(aux.aux['main']['each'], batch['image'])
 
 
 def regression(params, model_state, batch):
