@@ -1,5 +1,7 @@
 """Losses that talk to other devices, and parameters over a second axis."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import haiku as hk
@@ -222,4 +224,52 @@ def test_parameters_spread_over_a_second_axis(kind, axis):
     make_batches(3),
     lambda batch: on(mesh, batch, axis),
   )
+  chex.assert_trees_all_close(got, expected, **CLOSE)
+
+
+METHODS = {
+  'wrap': lambda fn: fn,
+  'LookSAM': lambda fn: conadv.sam(fn, 0.1, every=2),
+  'ahead': lambda fn: conadv.extrapolate(fn, 0.1),
+  'ahead by noise': lambda fn: conadv.extrapolate(fn, 0.1, direction='noise'),
+}
+
+
+@pytest.mark.parametrize('spread', ['devices', 'micro-batches'])
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+@pytest.mark.parametrize('method', list(METHODS))
+def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
+  """What a method keeps of it lies as it does, and so does its square."""
+
+  def loss_fn(w, batch):
+    return jnp.mean(jnp.tanh(batch['image'] @ w) ** 2)
+
+  def made(groups):
+    grad_fn = METHODS[method](conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)))
+    return groups(grad_fn, second_moment=True)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(grad_fn, w, batches):
+    keys = jax.random.split(jax.random.key(0))
+    state = grad_fn.init(w, batches[:1], key=keys[0])
+    history = []
+    for batch in batches[1:]:
+      (_, aux), grads, state = grad_fn.value_and_grad(
+        w, state, batch, key=keys[1]
+      )
+      w -= grads
+      history.append((w, aux.second_moment))
+    return history
+
+  mesh = make_mesh(4, 2, names=('data', 'model'), kind=kind)
+  alone = made(functools.partial(conadv.accumulate, micro_batches=4))
+  groups = 1
+  spread_out = alone
+  if spread == 'devices':
+    groups = 4
+    spread_out = made(functools.partial(conadv.data_parallel, mesh=mesh))
+  batches = make_batches(4)
+  w = np.random.default_rng(3).normal(size=(FEATURES, 8)).astype(np.float32)
+  got = run(spread_out, on(mesh, w, None, 'model'), on(mesh, batches, 'data'))
+  expected = run(alone, w, [dealt(batch, groups) for batch in batches])
   chex.assert_trees_all_close(got, expected, **CLOSE)
