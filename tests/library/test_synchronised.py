@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from meshes import (
   CLOSE,
   FEATURES,
@@ -258,7 +260,7 @@ def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
         w, state, batch, key=keys[1]
       )
       w -= grads
-      history.append((w, aux.second_moment))
+      history.append((w, grads, aux.second_moment))
     return history
 
   mesh = make_mesh(4, 2, names=('data', 'model'), kind=kind)
@@ -272,4 +274,38 @@ def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
   w = np.random.default_rng(3).normal(size=(FEATURES, 8)).astype(np.float32)
   got = run(spread_out, on(mesh, w, None, 'model'), on(mesh, batches, 'data'))
   expected = run(alone, w, [dealt(batch, groups) for batch in batches])
+  chex.assert_trees_all_close(got, expected, **CLOSE)
+  of_weight = NamedSharding(mesh, P(None, 'model'))
+  for _, grads, _ in got:
+    assert grads.sharding.is_equivalent_to(of_weight, 2)
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_trainers_of_different_rows_may_talk(kind):
+  """The same place in each row; attackers have turns of their own."""
+
+  def loss_fn(groups, w, batch):
+    hidden = batch['image'] @ w
+    mean = jax.lax.pmean(
+      jnp.mean(hidden, axis=0), 'data', axis_index_groups=groups
+    )
+    return jnp.mean(jnp.tanh(hidden - mean[None]) ** 2)
+
+  def two(spread, w, groups=None):
+    grad_fn = spread(
+      conadv.wrap(functools.partial(loss_fn, groups), attack=conadv.fgsm(0.1))
+    )
+    first, second = make_batches(2)
+    state = grad_fn.init(w, [first])
+    history = []
+    for batch in (second, first):
+      (loss, _), grads, state = grad_fn.value_and_grad(w, state, batch)
+      history.append((loss, grads))
+    return history
+
+  mesh = make_mesh(2, 3, names=('data', 'role'), kind=kind)
+  w = np.random.default_rng(3).normal(size=(FEATURES, 3)).astype(np.float32)
+  got = two(functools.partial(conadv.concurrent, mesh=mesh), on(mesh, w))
+  four = functools.partial(conadv.data_parallel, mesh=make_mesh(4))
+  expected = two(four, w, [[0, 2], [1, 3]])
   chex.assert_trees_all_close(got, expected, **CLOSE)
