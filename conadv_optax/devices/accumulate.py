@@ -59,9 +59,10 @@ def accumulate(
     (booleans are counted), and an array is put together along its leading axis.
 
   Raises:
-    TypeError: for a number that is not an int.
-    ValueError: for a number below 1, or a leaf of a batch that does not divide
-      evenly.
+    TypeError: for a number that is not an int, or a `grad_fn` that is no
+      function.
+    ValueError: for a number below 1, a leaf of a batch that does not divide
+      evenly, or a second moment that is asked for twice.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp

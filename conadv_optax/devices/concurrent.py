@@ -54,6 +54,9 @@ def concurrent(
   each to its trainer. The results are those of `data_parallel` on as many
   devices as there are trainers, within rounding.
 
+  A loss may talk to other devices over `data_axis`, along which all have one
+  role. Over `role_axis` it would wait for ever for devices that do not train.
+
   The calls keep their form. In a step the adversarial inputs travel once, from
   the attacker to the trainer that will train on them, and gradients are summed
   over all devices. The clean batch does not travel between devices when it is

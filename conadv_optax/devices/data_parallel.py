@@ -57,7 +57,9 @@ def data_parallel(
       `plain`.
     mesh: the devices.
     axis: the axis of `mesh` that the batch is split over, or a tuple of axes.
-      Parameters may be spread over the other axes of the mesh.
+      Parameters may be spread over the other axes of the mesh. Those that are
+      spread over an axis of the batch are put together on each device, and
+      their gradients come back whole.
     second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too,
       which is sent like the gradient, and doubles that traffic.
 
@@ -70,8 +72,9 @@ def data_parallel(
     together along its leading axis.
 
   Raises:
-    ValueError: when the mesh has no such axis, or a leaf of a batch does not
-      divide evenly over it.
+    TypeError: for a `grad_fn` that is no function.
+    ValueError: when the mesh has no such axis, a leaf of a batch does not
+      divide evenly over it, or the second moment is asked for twice.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -202,7 +205,7 @@ class _DataParallel:
       batch,
       math.prod(self.mesh.shape[axis] for axis in self.axes),
       'devices',
-      'take fewer devices: `jax.make_mesh((n,), (axis,))`',
+      f'take fewer devices: `jax.make_mesh((n,), {self.axes[:1]})`',
     )
     # A mesh with explicit axes does not split an argument by itself.
     return jax.device_put(batch, NamedSharding(self.mesh, P(self.axes)))

@@ -103,7 +103,8 @@ def extrapolate(
     A `GradientFunction` with the staleness of `grad_fn`.
 
   Raises:
-    TypeError: for a `grad_fn` that is no function.
+    TypeError: for a `grad_fn` that is no function, or a state of another
+      gradient function.
     ValueError: for an unknown direction, a negative rate, or noise without a
       key.
 

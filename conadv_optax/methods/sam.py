@@ -119,8 +119,8 @@ def sam(
     the structure and dtypes of the parameters.
 
   Raises:
-    TypeError: for a `grad_fn` that is no function, an `every` that is no int,
-      or a number that is a schedule.
+    TypeError: for a `grad_fn` that is no function, an `every` that is no int, a
+      number that is a schedule, or a state of another gradient function.
     ValueError: for a negative radius or weight, an `every` below 1, a penalty
       outside of 0 to 1, or an axis that is not there.
 

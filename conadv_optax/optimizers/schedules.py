@@ -126,6 +126,7 @@ def legw(
     A schedule: a function from the step, an int scalar, to the rate.
 
   Raises:
+    TypeError: for a function in place of `base_peak` or `end`.
     ValueError: for a batch that is not positive, a warm-up that would not end
       before the run does, or an `end` above the peak.
 

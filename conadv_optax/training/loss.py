@@ -123,12 +123,21 @@ def check_key(draws: bool, key: Any) -> Any:
   return key
 
 
+def _is_module(x: Any) -> bool:
+  """Whether it is a module of Flax NNX, which need not be installed."""
+  return any(
+    kind.__module__.startswith('flax.nnx') and kind.__name__ == 'Module'
+    for kind in type(x).__mro__
+  )
+
+
 def _check_no_module(tree: Any) -> None:
-  kinds = [f'{kind.__module__}.{kind.__name__}' for kind in type(tree).__mro__]
-  if any(kind.startswith('flax.nnx') and 'Module' in kind for kind in kinds):
+  leaves = jax.tree.leaves(tree, is_leaf=_is_module)
+  modules = [type(x).__name__ for x in leaves if _is_module(x)]
+  if modules:
     raise TypeError(
       'The parameters and the model state are trees of arrays. Given an NNX '
-      f'module, {type(tree).__name__}. Split it: `graphdef, params, '
+      f'module, {modules[0]}. Split it: `graphdef, params, '
       'model_state = nnx.split(model, nnx.Param, nnx.BatchStat)`, and merge in '
       '`loss_fn`: `nnx.merge(graphdef, params, model_state, copy=True)`.'
     )

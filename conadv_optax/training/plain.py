@@ -50,7 +50,9 @@ def plain(
     A `GradientFunction` of staleness 0. Its loss is at least float32.
 
   Raises:
-    TypeError: for a `loss_fn` that returns something else than it should.
+    TypeError: for a `loss_fn` that returns something else than it should, a
+      denominator that is no scalar, an NNX module for parameters, a leaf of a
+      batch that is no array, or a state of another gradient function.
     ValueError: for a missing key or model state.
 
   Examples:

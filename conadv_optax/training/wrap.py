@@ -146,7 +146,10 @@ def wrap(
 
   Raises:
     TypeError: for a staleness that is not an int, integer inputs, an attack
-      that is none, or a `loss_fn` that returns something else than it should.
+      that is none or returns another shape or dtype, a `loss_fn` that returns
+      something else than it should, a denominator that is no scalar, an NNX
+      module for parameters, a leaf of a batch that is no array, or a state of
+      another gradient function.
     ValueError: for a negative staleness, weights that do not match the
       branches or are no finite numbers of 0 or more, first batches of the wrong
       number or shape, a later batch of another shape, a state of another
