@@ -187,6 +187,6 @@ def _check_same_state(new: Any, old: Any) -> None:
       f'{different[:3] or (given, wanted)}. '
       "Likely a collection is wrapped: return `updates['batch_stats']` if "
       "`variables['batch_stats']` was passed. Or metrics are returned too: "
-      'say `has_aux=True`, and return `(loss, (model_state, metrics))`. A '
-      '`FrozenDict` went in: pass `flax.core.unfreeze(batch_stats)`.'
+      'say `has_aux=True`, and return `(loss, (model_state, metrics))`. If a '
+      '`FrozenDict` went in, pass `flax.core.unfreeze(batch_stats)`.'
     )
