@@ -126,6 +126,7 @@ def _value_and_grad(
   denominators: Any = None,
 ) -> tuple[Any, Any, Any]:
   check_arrays(batch)
+  _check_kind(state, made)
   return made.value_and_grad(
     Call(params, state, batch, model_state, key, denominators)
   )
@@ -160,8 +161,16 @@ def _check_first_batches(first_batches: Any, staleness: int) -> None:
     )
 
 
-def check_kind(state: Any, kind: type) -> None:
+def _check_kind(state: Any, made: Any) -> None:
   """The state is of the gradient function that takes it."""
+  # The innermost that has a state of its own; one of the user's own may have
+  # any.
+  while not hasattr(made, 'state_kind'):
+    init = getattr(getattr(made, 'grad_fn', None), 'init', None)
+    if not isinstance(init, Partial):
+      return
+    made = init.args[0]
+  kind = made.state_kind
   if not isinstance(state, kind):
     raise TypeError(
       'A state goes back to the gradient function that made it, here one with '

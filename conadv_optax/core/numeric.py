@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 
@@ -43,6 +42,16 @@ def dot(x: Any, y: Any) -> jax.Array:
   return jnp.asarray(sum(jax.tree.leaves(parts)))
 
 
+def scale(factor: ArrayLike, tree: Any) -> Any:
+  """The tree times a real scalar, in the dtypes of its leaves."""
+  return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, tree)
+
+
+def add_scale(x: Any, factor: ArrayLike, y: Any) -> Any:
+  """`x + factor * y` of two trees."""
+  return jax.tree.map(jnp.add, x, scale(factor, y))
+
+
 def norm(tree: Any) -> jax.Array:
   """The L2 norm of a tree of at least float32."""
   return jnp.sqrt(dot(tree, tree))
@@ -59,7 +68,7 @@ def ascent(gradient: Any) -> Any:
 def unit(tree: Any) -> Any:
   """A tree of float32 over its norm; zero where that is."""
   length = norm(tree)
-  return optax.tree.scale(1 / jnp.where(length > 0, length, 1.0), tree)
+  return scale(1 / jnp.where(length > 0, length, 1.0), tree)
 
 
 def weighted(weight: ArrayLike, x: jax.Array) -> jax.Array:

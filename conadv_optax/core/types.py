@@ -10,7 +10,20 @@ Batch = Any
 
 LossFn = Callable[..., Any]
 
-Denominators = Mapping[str, jax.Array]
+
+class Divisor(NamedTuple):
+  """What a loss is divided by in each group, float32 scalars.
+
+  Attributes:
+    mean: over the groups.
+    most: of any group.
+  """
+
+  mean: jax.Array
+  most: jax.Array
+
+
+Denominators = Mapping[str, Divisor]
 """What the loss of each branch is divided by, by name."""
 
 
@@ -106,11 +119,11 @@ class GradientFunction(NamedTuple):
     passes: the `Passes` that a step is made of, or None where they cannot be
       taken apart.
     denominators: `denominators(state, batch)` returns what the loss of each
-      branch will be divided by, float32 scalars by name; the mean of them over
-      groups. None where losses are means over examples. Where it is given,
-      `value_and_grad` also takes `denominators=`, those of a mean over groups
-      of which the call is one: the loss of a branch then counts by its own
-      denominator over that, and what is returned is at least float32.
+      branch will be divided by, by name: a NamedTuple of the mean over groups
+      and the most of any. None where losses are means over examples. Where it
+      is given, `value_and_grad` also takes `denominators=`, those of a mean
+      over groups of which the call is one: the loss of a branch then counts by
+      its own denominator over that, and what is returned is at least float32.
   """
 
   init: Callable[..., ConAdvState]

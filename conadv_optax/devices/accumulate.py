@@ -10,11 +10,12 @@ import optax
 
 from conadv_optax.core.calls import Call, around, pytree
 from conadv_optax.core.micro_batches import cut, join, part_of
-from conadv_optax.core.numeric import abs_sq, check_count
+from conadv_optax.core.numeric import abs_sq, check_count, scale
 from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
+  Divisor,
   GradientFunction,
   LossFn,
 )
@@ -178,7 +179,7 @@ class _Accumulate:
       (state, first, *zeros),
       jnp.arange(self.micro_batches, dtype=jnp.int32),
     )
-    means = optax.tree.scale(1 / self.micro_batches, total.means)
+    means = scale(1 / self.micro_batches, total.means)
     if wants_moment:
       # The mean share is 1, unless this is a part of another mean.
       squares = _over(jax.tree.map(abs_sq, means[2]), seen / self.micro_batches)
@@ -190,7 +191,7 @@ class _Accumulate:
     return *groups.put_together(parts, moment, whole), state
 
   def _denominators(self, state: Any, batches: Batch) -> Denominators:
-    """Their mean over the micro-batches."""
+    """Their mean and the most over the micro-batches."""
 
     def one(number: jax.Array) -> Denominators:
       assert self.grad_fn.denominators is not None
@@ -198,7 +199,10 @@ class _Accumulate:
       return self.grad_fn.denominators(part, part_of(batches, number))
 
     every = jax.lax.map(one, jnp.arange(self.micro_batches))
-    return jax.tree.map(jnp.mean, every)
+    return {
+      branch: Divisor(jnp.mean(x.mean), jnp.max(x.most))
+      for branch, x in every.items()
+    }
 
 
 def _of_part(call: Call, number: jax.Array) -> Call:
@@ -262,4 +266,4 @@ def _write(written: Any, new: Any, number: jax.Array) -> Any:
 
 def _over(total: Any, seen: jax.Array) -> Any:
   """A mean; zero of nothing."""
-  return optax.tree.scale(1 / jnp.where(seen > 0, seen, 1.0), total)
+  return scale(1 / jnp.where(seen > 0, seen, 1.0), total)

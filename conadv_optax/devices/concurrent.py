@@ -15,6 +15,7 @@ from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
+  Divisor,
   GradientFunction,
   Queue,
 )
@@ -55,7 +56,7 @@ def concurrent(
   devices as there are trainers, within rounding.
 
   A loss may talk to other devices over `data_axis`, along which all have one
-  role. Over `role_axis` it would wait for ever for devices that do not train.
+  role, and not over `role_axis`, along which some do not train.
 
   The calls keep their form. In a step the adversarial inputs travel once, from
   the attacker to the trainer that will train on them, and gradients are summed
@@ -86,7 +87,8 @@ def concurrent(
     TypeError: when `grad_fn` is no `GradientFunction`.
     ValueError: when the mesh has other axes, a row has no attacker or more of
       them than trainers, `grad_fn` has no attack pass of its own or no
-      staleness, or a leaf of a batch does not divide evenly over the trainers.
+      staleness, a leaf of a batch does not divide evenly over the trainers, or
+      the loss talks to attackers.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -210,6 +212,7 @@ class _Concurrent:
     def attack() -> jax.Array:
       return _one_by_one(craft, self.turns)
 
+    _check_alone(train, self.role_axis)
     # Neither branch talks to another device, so each device runs its own.
     parts, crafted = jax.lax.cond(
       role < self.trainers,
@@ -285,11 +288,15 @@ class _Concurrent:
   def _denominators(
     self, grad_fn: GradientFunction, state: ConAdvState, batch: Batch
   ) -> Denominators:
-    """Their mean over the trainers."""
+    """Their mean and the most over the trainers; an attacker has none."""
     assert grad_fn.denominators is not None
     own = grad_fn.denominators(state, self._share(batch, self._own_trainer()))
     trains = jax.lax.axis_index(self.role_axis) < self.trainers
-    return self._mean(jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own))
+    own = jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own)
+    return {
+      branch: Divisor(self._mean(x.mean), jax.lax.pmax(x.most, self.axes))
+      for branch, x in own.items()
+    }
 
   def _mean(self, tree: Any) -> Any:
     """Over the trainers: attackers give zeros."""
@@ -331,6 +338,29 @@ def _one_by_one(fn: Callable[[jax.Array], jax.Array], number: int) -> jax.Array:
   if number == 1:
     return fn(jnp.zeros([], jnp.int32))[None]
   return jax.lax.map(fn, jnp.arange(number, dtype=jnp.int32))
+
+
+def _check_alone(train: Callable[[], Any], axis: str) -> None:
+  """Training waits for no device of another role."""
+
+  def talks(jaxpr: Any) -> bool:
+    inner = getattr(jaxpr, 'jaxpr', jaxpr)
+    for equation in getattr(inner, 'eqns', ()):
+      params = equation.params
+      names = jax.tree.leaves((params.get('axes'), params.get('axis_name')))
+      if axis in names and equation.primitive.name != 'axis_index':
+        return True
+      if any(map(talks, jax.tree.leaves(list(params.values())))):
+        return True
+    return False
+
+  if talks(jax.make_jaxpr(train)()):
+    raise ValueError(
+      f'The loss talks to other devices over the axis {axis!r}, along which '
+      'some attack and do not train: it would wait for them, or take what they '
+      'have for its own. Let it talk over `data_axis`, or write '
+      '`conadv.data_parallel` in place of `concurrent`.'
+    )
 
 
 def _check_roles(

@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from conadv_optax.core.calls import Call, around, pytree
 from conadv_optax.core.micro_batches import check_divides
-from conadv_optax.core.numeric import abs_sq
+from conadv_optax.core.numeric import abs_sq, scale
 from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
+  Divisor,
   GradientFunction,
   LossFn,
 )
@@ -122,7 +123,7 @@ class _DataParallel:
     def local(grad_fn: GradientFunction, state: Any, batch: Batch) -> Any:
       assert grad_fn.denominators is not None
       own = grad_fn.denominators(_own(lambda x: x[0], state), batch)
-      return self._mean(own)
+      return self._of_all(own)
 
     specs = (self._specs(state), P(self.axes))
     run = self._on_devices(local, specs, P())
@@ -174,7 +175,7 @@ class _DataParallel:
       if grad_fn.denominators is not None:
         own = grad_fn.denominators(call.state, call.batch)
         if call.denominators is None:
-          call = call._replace(denominators=self._mean(own))
+          call = call._replace(denominators=self._of_all(own))
       parts, moment, state = groups.run_group(grad_fn, call)
       groups.check_one_kind(moment, self.second_moment)
       means = self._mean(parts.means)
@@ -228,10 +229,16 @@ class _DataParallel:
   def _mean(self, tree: Any) -> Any:
     return jax.lax.pmean(tree, self.axes)
 
+  def _of_all(self, own: Denominators) -> Denominators:
+    return {
+      branch: Divisor(self._mean(x.mean), jax.lax.pmax(x.most, self.axes))
+      for branch, x in own.items()
+    }
+
   def _moment(self, own: Any, mean: Any, within: Any, share: jax.Array) -> Any:
     """The second moment of the devices' gradients."""
     of_all = self._mean(share)
-    center = jax.tree.map(lambda g: g / of_all, mean)
+    center = scale(1 / of_all, mean)
     parts = groups.deviation(own, within, share, center, center)
     return jax.tree.map(
       lambda g, part: abs_sq(g) / of_all + part, mean, self._mean(parts)

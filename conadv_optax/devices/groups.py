@@ -16,6 +16,7 @@ from conadv_optax.core.numeric import (
   at_least_float32,
   cast_like,
   is_inexact,
+  scale,
 )
 from conadv_optax.core.types import (
   ConAdvAux,
@@ -127,7 +128,8 @@ def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
   """How much of the mean over groups is a group's, 1 on average."""
   if own is None or mean is None:
     return jnp.ones([])
-  return sum(own[branch] / mean[branch] for branch in own) / len(own)
+  shares = [own[branch].mean / mean[branch].mean for branch in own]
+  return sum(shares) / len(own)
 
 
 def check_one_kind(second_moment: Any, wanted: bool) -> None:
@@ -158,7 +160,7 @@ def deviation(
   divisor = jnp.where(share > 0, share, 1.0)
 
   def about(g: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-    own = g / divisor
+    own = scale(1 / divisor, g)
     return share * jnp.real(jnp.conj(own - before) * (own - after))
 
   parts = jax.tree.map(about, grads, before, after)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.calls import Call, around, check_kind, pytree
+from conadv_optax.core.calls import Call, around, pytree
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
@@ -141,6 +141,7 @@ class _Extrapolate:
   rate: Any
   transformation: optax.GradientTransformation | None
   direction: str
+  state_kind = ExtrapolateState
 
   @property
   def tx(self) -> optax.GradientTransformation:
@@ -159,7 +160,6 @@ class _Extrapolate:
     return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ExtrapolateState]:
-    check_kind(call.state, ExtrapolateState)
     state, call = call.state, call._replace(state=call.state.inner)
     here = tree_at_least_float32(call.params)
     if self.direction == 'past':

@@ -14,7 +14,12 @@ from jax.typing import ArrayLike
 from conadv_optax import dual_bn
 from conadv_optax.core.batches import first_part
 from conadv_optax.core.calls import Call, gradient_function, pytree
-from conadv_optax.core.numeric import check_no_schedule, concrete, share_of
+from conadv_optax.core.numeric import (
+  check_no_schedule,
+  concrete,
+  scale,
+  share_of,
+)
 from conadv_optax.core.paths import Leaf, LeafSpec
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
@@ -22,6 +27,7 @@ from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
+  Divisor,
   GradientFunction,
   LossFn,
 )
@@ -169,6 +175,7 @@ class _FastAdvProp:
   loss: Loss
   leaf: Leaf
   fraction: float
+  state_kind = ConAdvState
 
   def init(self, call: Call) -> ConAdvState:
     del call
@@ -176,7 +183,7 @@ class _FastAdvProp:
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
     del state
-    return self._seen(*self._split(batch))
+    return self._divisors(*self._split(batch))
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ConAdvState]:
     call = call.in_jax()
@@ -185,7 +192,8 @@ class _FastAdvProp:
     check_inputs(self.leaf.get(call.batch))
     attacked, rest = self._split(call.batch)
     start_key, *keys = split_key(call.key, 4)
-    seen = call.denominators or self._seen(attacked, rest)
+    divisors = call.denominators or self._divisors(attacked, rest)
+    seen = {branch: divisor.mean for branch, divisor in divisors.items()}
     w = jnp.asarray(self.attack_weight, jnp.float32)
     weights = {
       'attack': seen['adversarial'] * w,
@@ -208,7 +216,7 @@ class _FastAdvProp:
     done = add(done, 'main', keys[2], rest)
     # The sums are means where they are divided by what went into each leaf.
     total = jax.tree.map(
-      lambda sum_, examples: sum_ / examples,
+      lambda total, seen: scale(1 / seen, total),
       done.gradients,
       _of_leaves(call.params, seen),
     )
@@ -229,15 +237,16 @@ class _FastAdvProp:
     attacked = first_part(batch, self.fraction, size)
     return attacked, jax.tree.map(lambda x: x[count:], batch)
 
-  def _seen(self, attacked: Batch, rest: Batch) -> dict[str, jax.Array]:
+  def _divisors(self, attacked: Batch, rest: Batch) -> Denominators:
     """What the losses are divided by, by default how many examples."""
 
-    def seen(part: Batch) -> jax.Array:
+    def divisor(part: Batch) -> Divisor:
       if self.loss.denominator is not None:
         return self.loss.divisor(part)
-      return jnp.float32(self.leaf.get(part).shape[0])
+      size = jnp.float32(self.leaf.get(part).shape[0])
+      return Divisor(size, size)
 
-    return {'adversarial': seen(attacked), 'main': seen(rest)}
+    return {'adversarial': divisor(attacked), 'main': divisor(rest)}
 
 
 def _check_attack(attack: Any) -> None:
@@ -250,7 +259,7 @@ def _check_attack(attack: Any) -> None:
     )
 
 
-def _of_leaves(params: Any, seen: Denominators) -> Any:
+def _of_leaves(params: Any, seen: dict[str, jax.Array]) -> Any:
   """For each leaf what the losses of the branches that it is in divide by."""
   leaves, treedef = jax.tree.flatten(params)
   numbered = jax.tree.unflatten(treedef, range(len(leaves)))

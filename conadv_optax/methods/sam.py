@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.calls import Call, around, check_kind, pytree
+from conadv_optax.core.calls import Call, around, pytree
 from conadv_optax.core.numeric import (
+  add_scale,
   ascent,
   cast_like,
   check_count,
@@ -162,6 +162,7 @@ class _Sam:
   penalty: ArrayLike
   every: int
   axis: str | tuple[str, ...] | None
+  state_kind = SamState
 
   def init(self, call: Call) -> SamState:
     inner = call.init(self.grad_fn)
@@ -175,7 +176,6 @@ class _Sam:
     return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
-    check_kind(call.state, SamState)
     state, call = call.state, call._replace(state=call.state.inner)
     (loss, aux), grads, inner = call.value_and_grad(self.grad_fn)
     # That of an `accumulate` inside is not of the gradient returned here.
@@ -210,7 +210,7 @@ class _Sam:
     direction = _where(is_due, beside, old)
     length = norm(gradient)
     length *= jnp.asarray(self.reuse_weight, length.dtype)
-    reused = optax.tree.add_scale(gradient, length, unit(direction))
+    reused = add_scale(gradient, length, unit(direction))
     mixed = self._mix(gradient, _where(is_due, sharp_gradient, reused))
     phase = (state.phase + 1) % self.every
     new_state = SamState(inner, phase, self._hold(direction))
@@ -268,7 +268,7 @@ def _rounding(gradients: Any) -> float:
 def _orthogonal(x: Any, to: Any, rounding: float) -> Any:
   """What is left of `x` without its part along `to`, if more than rounding."""
   direction = unit(to)
-  rest = optax.tree.add_scale(x, -dot(x, direction), direction)
+  rest = add_scale(x, -dot(x, direction), direction)
   is_rounding = norm(rest) <= rounding * norm(x)
   return jax.tree.map(
     lambda r: jnp.where(is_rounding, jnp.zeros_like(r), r), rest

@@ -85,12 +85,12 @@ def check_attack(attack: Any) -> None:
 
 def check_crafted(crafted: Any, clean: jax.Array) -> jax.Array:
   """What an attack returned has the shape and dtype of the inputs."""
-  shape, dtype = jnp.shape(crafted), getattr(crafted, 'dtype', None)
-  if shape != clean.shape or dtype != clean.dtype:
+  given = getattr(crafted, 'shape', None), getattr(crafted, 'dtype', None)
+  if given != (clean.shape, clean.dtype):
     raise TypeError(
       'An attack must return adversarial inputs of the shape and dtype of the '
-      f'inputs, {describe(clean)}. It returned {describe(crafted)}. Likely it '
-      'computes in float32, as it should, and does not convert at the end: '
+      f'inputs, {describe(clean)}. It returned {describe(crafted):.80}. Likely '
+      'it computes in float32, as it should, and does not convert at the end: '
       '`return perturbed.astype(inputs.dtype)`.'
     )
   return crafted

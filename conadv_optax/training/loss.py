@@ -13,7 +13,7 @@ from conadv_optax.core.calls import Call
 from conadv_optax.core.micro_batches import weight_of
 from conadv_optax.core.numeric import at_least_float32, describe
 from conadv_optax.core.paths import named
-from conadv_optax.core.types import Batch, LossFn
+from conadv_optax.core.types import Batch, Divisor, LossFn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,9 +57,10 @@ class Loss:
     )
     return self._unpack(output, state)
 
-  def divisor(self, batch: Batch) -> jax.Array:
-    """What the loss of `batch` was divided by, float32."""
-    return weight_of(batch, self.denominator)
+  def divisor(self, batch: Batch) -> Divisor:
+    """What the loss of `batch` was divided by."""
+    value = weight_of(batch, self.denominator)
+    return Divisor(value, value)
 
   def check(self, call: Call, *, draws: bool = False) -> None:
     """What a call passes is what the loss takes."""

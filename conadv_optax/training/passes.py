@@ -15,6 +15,8 @@ from conadv_optax.core.numeric import (
   cast_like,
   concrete,
   is_inexact,
+  scale,
+  tree_at_least_float32,
   weighted,
 )
 from conadv_optax.core.paths import Leaf
@@ -101,14 +103,19 @@ def _one_pass(
   loss: Loss, leaf: Leaf | None, call: Call, name: str, one: Pass
 ) -> tuple[Any, Any, Any]:
   """`(loss, (model_state, aux)), gradients, of_inputs`."""
-  share = None
+  share: Any = None
+  rest_of_share: Any = None
   if call.denominators is not None:
-    share = loss.divisor(one.batch) / call.denominators[one.branch]
+    of_mean = call.denominators[one.branch]
+    # At most 1 where the model's dtype may be short, the rest in float32.
+    share = loss.divisor(one.batch).mean / of_mean.most
+    rest_of_share = of_mean.most / of_mean.mean
 
   def part(x: Any) -> Any:
     if share is None or not is_inexact(x):
       return x
-    return weighted(share, at_least_float32(jnp.asarray(x)))
+    x = weighted(share, at_least_float32(jnp.asarray(x)))
+    return scale(rest_of_share, x)
 
   def objective(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
     batch = one.batch
@@ -119,10 +126,11 @@ def _one_pass(
     value, rest = loss(*at, name=name)
     # Inside of what is differentiated: where a loss talks to other devices, its
     # gradient is a sum over the losses of all.
-    return part(value), rest
+    counted = value if share is None else weighted(share, value)
+    return counted, (part(value), rest)
 
   wants_inputs = one.inputs is not None
-  (value, (state, aux)), gradients = jax.value_and_grad(
+  gradients, (value, (state, aux)) = jax.grad(
     objective, argnums=(0, 1) if wants_inputs else 0, has_aux=True
   )(call.params, one.inputs)
   if share is not None:
@@ -131,6 +139,7 @@ def _one_pass(
       lambda g: jnp.where((share == 0) & jnp.isnan(g), jnp.zeros_like(g), g),
       gradients,
     )
+    gradients = scale(rest_of_share, tree_at_least_float32(gradients))
   state = jax.tree.map(part, state)
   # An array of the user's is one value an example.
   aux = jax.tree.map(lambda x: x if jnp.ndim(x) else part(x), aux)

@@ -77,6 +77,7 @@ def plain(
 @pytree()
 class _Plain:
   loss: Loss
+  state_kind = ConAdvState
 
   def init(self, call: Call) -> ConAdvState:
     del call

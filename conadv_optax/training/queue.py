@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.calls import NEXT, Call, check_kind, pytree
+from conadv_optax.core.calls import NEXT, Call, pytree
 from conadv_optax.core.numeric import describe
 from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch, ConAdvState, Denominators, Queue
@@ -29,6 +29,7 @@ class Ring:
 
   step: Any
   staleness: int
+  state_kind = ConAdvState
 
   def init(self, call: Call) -> ConAdvState:
     """The state whose ring holds the first batches, attacked."""
@@ -111,7 +112,6 @@ def _to(space: Any, x: jax.Array) -> jax.Array:
 
 def check_state(state: Any, staleness: int) -> None:
   """The ring of as many batches as the staleness."""
-  check_kind(state, ConAdvState)
   rings = jax.tree.leaves(state.queue)
   held = rings[0].shape[0] if rings else 0
   if held != staleness:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from conadv_optax.core.batches import check_arrays
 from conadv_optax.core.calls import check_passes
 from conadv_optax.core.types import Batch, GradientFunction, Passes, Queue
 
@@ -94,6 +95,7 @@ def staleness_report(
     <https://arxiv.org/abs/2106.00221>`_, 2022
   """
   passes = check_passes(grad_fn, 'staleness_report')
+  check_arrays(batch)
   return _report(
     passes,
     old_params,

@@ -71,7 +71,7 @@ class Step:
 
     divisor = None
     if self.loss.denominator is not None:
-      divisor = self.loss.divisor(batch)
+      divisor = self.loss.divisor(batch).mean
     return craft(self.attack, self.leaf, loss, batch, key, divisor=divisor)
 
   def divisors(self, clean: Batch, attacked: Batch) -> Denominators:

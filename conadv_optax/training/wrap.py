@@ -128,7 +128,9 @@ def wrap(
       `denominator(batch)` is the scalar that the loss of the batch was divided
       by, `lambda batch: batch['mask'].sum()` say. Groups of examples
       (`data_parallel`, `accumulate`, `concurrent`) are then averaged with it
-      for weight, and the result is that of the whole batch at once.
+      for weight, and the result is that of the whole batch at once. A group of
+      0 adds nothing, not even a NaN; but where a loss talks to other devices,
+      let it divide by `jnp.maximum(n, 1)`, or they get its NaN.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.

@@ -45,16 +45,6 @@ def make_problem(seed):
   return complex_normal(FEATURES), {'image': x, 'y': complex_normal(BATCH)}
 
 
-# Lengths and means of complex numbers are floats.
-pytestmark = pytest.mark.usefixtures('standard_promotion')
-
-
-@pytest.fixture(scope='module')
-def standard_promotion():
-  with jax.numpy_dtype_promotion('standard'):
-    yield
-
-
 seeds = given(st.integers(0, 2**31))
 few = settings(max_examples=20, deadline=None)
 

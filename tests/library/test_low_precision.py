@@ -315,3 +315,19 @@ def test_every_wrapper_trains_in_a_short_dtype_as_in_float32(wrapper, dtype):
     chex.assert_trees_all_close(
       jax.tree.map(np.float64, short), jax.tree.map(np.float64, wanted), **close
     )
+
+
+def test_a_large_gradient_of_the_one_real_group():
+  """Its share of four groups is not in the way back, where it overflows."""
+
+  def loss_fn(w, batch):
+    mean = jnp.sum(batch['x'] * batch['mask']) / jnp.sum(batch['mask'])
+    return mean.astype(w.dtype) * w
+
+  grad_fn = conadv.accumulate(
+    conadv.plain(loss_fn, denominator=lambda b: b['mask'].sum()), 4
+  )
+  batch = {'x': jnp.full(8, 3e4), 'mask': jnp.zeros(8).at[0].set(1)}
+  w = jnp.ones([], jnp.float16)
+  _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  np.testing.assert_allclose(np.float32(grads), 3e4, rtol=1e-3)

@@ -269,3 +269,60 @@ def test_schedules_called_inside_of_the_step_are_compiled_once():
     np.testing.assert_allclose(grads, plain, rtol=1e-5)
   for before, after in zip(first, later, strict=True):
     assert np.max(np.abs(before - after)) > 1e-4
+
+
+def test_a_text_in_the_batch_of_a_report():
+  grad_fn = conadv.wrap(
+    lambda w, b: jnp.mean(b['image'] * w), attack=conadv.fgsm(0.1)
+  )
+  w = jnp.ones([])
+  with pytest.raises(TypeError, match='array of numbers'):
+    conadv.staleness_report(
+      grad_fn, w, w, {'image': jnp.ones((4, 2)), 'name': 'cat'}
+    )
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    lambda fn: conadv.sam(fn, 0.1, every=2),
+    lambda fn: conadv.extrapolate(fn, 0.1),
+  ],
+)
+def test_a_state_that_devices_cannot_even_divide(other):
+  def loss_fn(w, batch):
+    return jnp.mean(batch['image'] @ w)
+
+  w, batch = jnp.ones(2), {'image': jnp.ones((8, 2))}
+  grad_fn = conadv.data_parallel(
+    conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)), make_mesh(4)
+  )
+  with pytest.raises(TypeError, match='A state goes back'):
+    grad_fn.value_and_grad(w, other(loss_fn).init(w, []), batch)
+
+
+@pytest.mark.parametrize('returned', [None, [1.0, 2.0], {'x': 1.0}])
+def test_an_attack_that_returns_no_array(returned):
+  attack = conadv.Attack(lambda key, fn, x: returned, draws=False)
+  with pytest.raises(TypeError, match='shape and dtype of the inputs'):
+    conadv.perturb(
+      lambda w, b: jnp.mean(b['image'] * w),
+      jnp.ones([]),
+      {'image': jnp.ones((4, 2))},
+      attack=attack,
+    )
+
+
+def test_a_loss_that_talks_to_attackers():
+  def loss_fn(w, batch):
+    hidden = batch['image'] @ w
+    mean = jax.lax.pmean(jnp.mean(hidden, axis=0), 'role')
+    return jnp.mean(jnp.tanh(hidden - mean[None]) ** 2)
+
+  grad_fn = conadv.concurrent(
+    conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)),
+    make_mesh(2, 3, names=('data', 'role')),
+  )
+  w, batch = jnp.ones((4, 3)), {'image': jnp.ones((24, 4))}
+  with pytest.raises(ValueError, match="over the axis 'role'"):
+    grad_fn.value_and_grad(w, grad_fn.init(w, [batch]), batch)

@@ -309,3 +309,36 @@ def test_trainers_of_different_rows_may_talk(kind):
   four = functools.partial(conadv.data_parallel, mesh=make_mesh(4))
   expected = two(four, w, [[0, 2], [1, 3]])
   chex.assert_trees_all_close(got, expected, **CLOSE)
+
+
+def test_synchronised_statistics_with_a_device_of_padding():
+  """Where the loss divides by nothing, other devices get no NaN of it."""
+
+  def make(axis):
+    def total(x):
+      x = jnp.sum(x, axis=0)
+      return x if axis is None else jax.lax.psum(x, axis)
+
+    def loss_fn(w, batch):
+      h, mask = batch['image'] @ w, batch['mask']
+      h -= (total(mask[:, None] * h) / total(mask))[None]
+      error = mask * (jnp.sum(jnp.tanh(h), axis=1) - batch['y'])
+      return jnp.sum(error**2) / jnp.maximum(jnp.sum(mask), 1.0)
+
+    return loss_fn
+
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': rng.normal(size=(16, 4)).astype(np.float32),
+    'y': rng.normal(size=16).astype(np.float32),
+    'mask': (np.arange(16) < 9).astype(np.float32),
+  }
+  w = rng.normal(size=(4, 3)).astype(np.float32)
+  grad_fn = conadv.data_parallel(
+    conadv.plain(make('data'), denominator=lambda b: b['mask'].sum()),
+    make_mesh(4),
+  )
+  _, got, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  np.testing.assert_allclose(
+    got, jax.grad(make(None))(w, batch), rtol=1e-4, atol=1e-5
+  )
