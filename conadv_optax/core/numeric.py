@@ -24,6 +24,14 @@ def cast_like(tree: Any, like: Any) -> Any:
   return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
+def zeros_like(tree: Any) -> Any:
+  """Zeros of the shapes and dtypes of a tree, spread as it is."""
+  # On explicit axes not every JAX spreads `jnp.zeros_like(x)` as `x`.
+  return jax.tree.map(
+    lambda x: jnp.where(False, x, jnp.zeros([], x.dtype)), tree
+  )
+
+
 def is_inexact(x: Any) -> bool:
   """Whether a mean makes sense for `x`: it is floating or complex."""
   return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

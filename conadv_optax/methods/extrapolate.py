@@ -18,6 +18,7 @@ from conadv_optax.core.numeric import (
   check_choice,
   check_not_negative,
   tree_at_least_float32,
+  zeros_like,
 )
 from conadv_optax.core.types import (
   Batch,
@@ -148,7 +149,7 @@ class _Extrapolate:
     return self.transformation or optax.sgd(self.rate)
 
   def init(self, call: Call) -> ExtrapolateState:
-    zeros = jax.tree.map(jnp.zeros_like, call.params)
+    zeros = zeros_like(jax.tree.map(jnp.asarray, call.params))
     return ExtrapolateState(
       call.init(self.grad_fn),
       PerGroup(zeros) if self.direction == 'past' else (),

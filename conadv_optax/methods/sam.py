@@ -33,6 +33,7 @@ from conadv_optax.core.numeric import (
   norm,
   tree_at_least_float32,
   unit,
+  zeros_like,
 )
 from conadv_optax.core.types import (
   Batch,
@@ -168,7 +169,7 @@ class _Sam:
     inner = call.init(self.grad_fn)
     if self.every == 1:
       return SamState(inner, (), ())
-    direction = jax.tree.map(jnp.zeros_like, tree_at_least_float32(call.params))
+    direction = zeros_like(tree_at_least_float32(call.params))
     return SamState(inner, jnp.zeros([], jnp.int32), self._hold(direction))
 
   def denominators(self, state: SamState, batch: Batch) -> Denominators:
@@ -201,9 +202,7 @@ class _Sam:
     # The mean over devices stands outside of the branches, so that no device
     # can wait for another in a branch that the other does not take.
     sharp_gradient = self._mean(
-      jax.lax.cond(
-        is_due, sharp, lambda: jax.tree.map(jnp.zeros_like, gradient)
-      )
+      jax.lax.cond(is_due, sharp, lambda: zeros_like(gradient))
     )
     old = state.direction.value if self.axis is None else state.direction
     beside = _orthogonal(sharp_gradient, gradient, _rounding(grads))
