@@ -5,6 +5,8 @@ References:
   <https://arxiv.org/abs/1708.03888>`_, 2017
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -134,29 +136,44 @@ def lars(
     ('max_trust_ratio', max_trust_ratio),
   ):
     check_no_schedule(name, coefficient)
+  form = _Lars(
+    learning_rate,
+    weight_decay,
+    momentum,
+    trust_coefficient,
+    eps,
+    nesterov,
+    mask,
+    trust_ratio == 'separate',
+    momentum_over == 'scaled',
+    max_trust_ratio,
+    trust_clip,
+  )
+  return optax.GradientTransformationExtraArgs(form.init, form.update)
 
-  def ratio(
-    w: jax.Array, x: jax.Array, decay: ArrayLike, rate: ArrayLike
-  ) -> jax.Array:
-    w_norm, x_norm = _norm(w), _norm(x)
-    defined = (w_norm > 0) & (x_norm > 0)
-    below = x_norm + _as(x_norm, decay) * w_norm + _as(x_norm, eps)
-    above = _as(w_norm, trust_coefficient) * w_norm
-    r = jnp.where(defined, above / jnp.where(defined, below, 1.0), 1.0)
-    if max_trust_ratio is not None:
-      r = jnp.minimum(r, _as(r, max_trust_ratio))
-    if trust_clip:
-      lr = _as(r, rate)
-      r = jnp.minimum(jnp.where(lr > 0, r / jnp.where(lr > 0, lr, 1.0), r), 1.0)
-    return r.astype(w.dtype)
 
-  def init_fn(params: optax.Params) -> LarsState:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lars:
+  learning_rate: optax.ScalarOrSchedule
+  weight_decay: optax.ScalarOrSchedule
+  momentum: ArrayLike
+  trust_coefficient: ArrayLike
+  eps: ArrayLike
+  nesterov: bool
+  mask: Any
+  is_separate: bool
+  is_scaled: bool
+  max_trust_ratio: ArrayLike | None
+  trust_clip: bool
+
+  def init(self, params: optax.Params) -> LarsState:
     return LarsState(
       count=jnp.zeros([], jnp.int32),
       momentum=jax.tree.map(jnp.zeros_like, params),
     )
 
-  def update_fn(
+  def update(
+    self,
     updates: optax.Updates,
     state: LarsState,
     params: optax.Params | None = None,
@@ -171,27 +188,14 @@ def lars(
       )
     rate, decay = (
       value(state.count) if callable(value) else value
-      for value in (learning_rate, weight_decay)
+      for value in (self.learning_rate, self.weight_decay)
     )
-
-    def leaf(
-      is_weight: bool, g: jax.Array, v: jax.Array, w: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-      dtypes = g.dtype, v.dtype
-      g, v, w = (at_least_float32(x) for x in (g, v, w))
-      lr, wd, m = (_as(w, x) for x in (rate, decay, momentum))
-      inside, outside = (lr, 1.0) if momentum_over == 'scaled' else (1.0, lr)
-      d = inside * g
-      if is_weight:
-        d = g + wd * w
-        x, beside = (g, decay) if trust_ratio == 'separate' else (d, 0)
-        d = inside * ratio(w, x, beside, rate) * d
-      v = m * v + d
-      step = m * v + d if nesterov else v
-      return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])
-
     both = jax.tree.map(
-      leaf, _resolve(mask, params), updates, state.momentum, params
+      functools.partial(self._leaf, rate, decay),
+      _resolve(self.mask, params),
+      updates,
+      state.momentum,
+      params,
     )
     # `jax.tree.transpose` knows no tree without leaves, as an empty group of
     # `optax.multi_transform` is.
@@ -202,7 +206,43 @@ def lars(
     count = optax.safe_increment(state.count)
     return new_updates, LarsState(count, new_momentum)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  def _leaf(
+    self,
+    rate: ArrayLike,
+    decay: ArrayLike,
+    is_weight: bool,
+    g: jax.Array,
+    v: jax.Array,
+    w: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """The update and the momentum of a leaf."""
+    dtypes = g.dtype, v.dtype
+    g, v, w = (at_least_float32(x) for x in (g, v, w))
+    lr, wd, m = (_as(w, x) for x in (rate, decay, self.momentum))
+    inside, outside = (lr, 1.0) if self.is_scaled else (1.0, lr)
+    d = inside * g
+    if is_weight:
+      d = g + wd * w
+      x, beside = (g, decay) if self.is_separate else (d, 0)
+      d = inside * self._ratio(w, x, beside, rate) * d
+    v = m * v + d
+    step = m * v + d if self.nesterov else v
+    return (-outside * step).astype(dtypes[0]), v.astype(dtypes[1])
+
+  def _ratio(
+    self, w: jax.Array, x: jax.Array, decay: ArrayLike, rate: ArrayLike
+  ) -> jax.Array:
+    w_norm, x_norm = _norm(w), _norm(x)
+    defined = (w_norm > 0) & (x_norm > 0)
+    below = x_norm + _as(x_norm, decay) * w_norm + _as(x_norm, self.eps)
+    above = _as(w_norm, self.trust_coefficient) * w_norm
+    r = jnp.where(defined, above / jnp.where(defined, below, 1.0), 1.0)
+    if self.max_trust_ratio is not None:
+      r = jnp.minimum(r, _as(r, self.max_trust_ratio))
+    if self.trust_clip:
+      lr = _as(r, rate)
+      r = jnp.minimum(jnp.where(lr > 0, r / jnp.where(lr > 0, lr, 1.0), r), 1.0)
+    return r.astype(w.dtype)
 
 
 def _as(like: jax.Array, number: ArrayLike) -> jax.Array:
