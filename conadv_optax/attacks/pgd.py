@@ -31,6 +31,7 @@ from conadv_optax.core.numeric import (
   check_count,
   check_no_schedule,
   check_not_negative,
+  check_share,
   concrete,
   describe,
 )
@@ -118,7 +119,7 @@ def pgd(
   if step_size is None:
     step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
   check_not_negative('step_size', step_size)
-  _check_probability(start_from_clean)
+  check_share('start_from_clean', start_from_clean, 'a probability')
   low, high = (-jnp.inf, jnp.inf) if bounds is None else _unpack(bounds)
   size = step_size if targets is None else -1.0 * step_size
   chance = start_from_clean if random_start else None
@@ -285,16 +286,6 @@ def fast_fgsm(
     check_not_negative('epsilon', epsilon)
     step_size = 1.25 * epsilon
   return pgd(epsilon, step_size=step_size, bounds=bounds, targets=targets)
-
-
-def _check_probability(start_from_clean: ArrayLike) -> None:
-  check_no_schedule('start_from_clean', start_from_clean)
-  number = concrete(start_from_clean)
-  if number is not None and not 0 <= number <= 1:
-    raise ValueError(
-      '`start_from_clean` is a probability in [0, 1]. Given '
-      f'start_from_clean={number.tolist()}.'
-    )
 
 
 def _unpack(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:

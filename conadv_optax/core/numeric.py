@@ -109,6 +109,16 @@ def check_not_negative(name: str, value: Any) -> None:
     )
 
 
+def check_share(name: str, value: Any, what: str) -> None:
+  """Raises where `value` is a function, or concrete and not from 0 to 1."""
+  check_no_schedule(name, value)
+  number = concrete(value)
+  if number is not None and not 0 <= number <= 1:
+    raise ValueError(
+      f'`{name}` is {what}, in [0, 1]. Given {name}={number.tolist()}.'
+    )
+
+
 def check_no_schedule(name: str, value: Any) -> None:
   """Raises `TypeError` where `value` is a function, a schedule most likely."""
   if callable(value):

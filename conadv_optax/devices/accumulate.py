@@ -15,7 +15,6 @@ from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
-  Divisor,
   GradientFunction,
   LossFn,
 )
@@ -199,10 +198,7 @@ class _Accumulate:
       return self.grad_fn.denominators(part, part_of(batches, number))
 
     every = jax.lax.map(one, jnp.arange(self.micro_batches))
-    return {
-      branch: Divisor(jnp.mean(x.mean), jnp.max(x.most))
-      for branch, x in every.items()
-    }
+    return groups.over_groups(every, jnp.mean, jnp.max)
 
 
 def _of_part(call: Call, number: jax.Array) -> Call:

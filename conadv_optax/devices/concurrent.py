@@ -15,7 +15,6 @@ from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
-  Divisor,
   GradientFunction,
   Queue,
 )
@@ -293,10 +292,8 @@ class _Concurrent:
     own = grad_fn.denominators(state, self._share(batch, self._own_trainer()))
     trains = jax.lax.axis_index(self.role_axis) < self.trainers
     own = jax.tree.map(lambda x: jnp.where(trains, x, 0.0), own)
-    return {
-      branch: Divisor(self._mean(x.mean), jax.lax.pmax(x.most, self.axes))
-      for branch, x in own.items()
-    }
+    most = functools.partial(jax.lax.pmax, axis_name=self.axes)
+    return groups.over_groups(own, self._mean, most)
 
   def _mean(self, tree: Any) -> Any:
     """Over the trainers: attackers give zeros."""

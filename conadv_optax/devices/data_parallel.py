@@ -16,7 +16,6 @@ from conadv_optax.core.types import (
   Batch,
   ConAdvState,
   Denominators,
-  Divisor,
   GradientFunction,
   LossFn,
 )
@@ -230,10 +229,8 @@ class _DataParallel:
     return jax.lax.pmean(tree, self.axes)
 
   def _of_all(self, own: Denominators) -> Denominators:
-    return {
-      branch: Divisor(self._mean(x.mean), jax.lax.pmax(x.most, self.axes))
-      for branch, x in own.items()
-    }
+    most = functools.partial(jax.lax.pmax, axis_name=self.axes)
+    return groups.over_groups(own, self._mean, most)
 
   def _moment(self, own: Any, mean: Any, within: Any, share: jax.Array) -> Any:
     """The second moment of the devices' gradients."""

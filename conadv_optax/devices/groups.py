@@ -22,6 +22,7 @@ from conadv_optax.core.types import (
   ConAdvAux,
   ConAdvState,
   Denominators,
+  Divisor,
   GradientFunction,
   PerGroup,
 )
@@ -122,6 +123,18 @@ def put_together(
     state = cast_like(state, call.model_state)
   user = join(scalars, parts.counts, parts.arrays)
   return (loss, ConAdvAux(losses, state, user, second_moment)), grads
+
+
+def over_groups(
+  own: Denominators,
+  mean: Callable[[jax.Array], jax.Array],
+  most: Callable[[jax.Array], jax.Array],
+) -> Denominators:
+  """The divisors of all groups, by how a number of each is put together."""
+  return {
+    branch: Divisor(mean(divisor.mean), most(divisor.most))
+    for branch, divisor in own.items()
+  }
 
 
 def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:

@@ -15,8 +15,7 @@ from conadv_optax import dual_bn
 from conadv_optax.core.batches import first_part
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
-  check_no_schedule,
-  concrete,
+  check_share,
   scale,
   share_of,
 )
@@ -148,13 +147,8 @@ def fast_advprop(
       f'{adversarial_fraction!r}. The published split of 4 to 1 is '
       '`adversarial_fraction=0.2`.'
     )
-  check_no_schedule('attack_weight', attack_weight)
-  weight = concrete(attack_weight)
-  if weight is not None and not 0 <= weight <= 1:
-    raise ValueError(
-      '`attack_weight` is the share of an attacked example that its attack '
-      f'pass counts, in [0, 1]. Given attack_weight={attack_weight!r}.'
-    )
+  what = 'the share of an attacked example that its attack pass counts'
+  check_share('attack_weight', attack_weight, what)
   return gradient_function(
     _FastAdvProp(
       attack,

@@ -26,9 +26,8 @@ from conadv_optax.core.numeric import (
   ascent,
   cast_like,
   check_count,
-  check_no_schedule,
   check_not_negative,
-  concrete,
+  check_share,
   dot,
   norm,
   tree_at_least_float32,
@@ -150,7 +149,12 @@ def sam(
   check_not_negative('radius', radius)
   check_not_negative('reuse_weight', reuse_weight)
   check_count('every', every)
-  _check_penalty(penalty)
+  check_share(
+    'penalty',
+    penalty,
+    'the share of the second gradient (to add c times the norm of the gradient '
+    'to the loss, write `penalty=c / radius`)',
+  )
   made = _Sam(grad_fn, radius, reuse_weight, penalty, every, axis)
   return around(made, grad_fn)
 
@@ -239,17 +243,6 @@ class _Sam:
         f'conadv.sam(grad_fn, radius, axis={self.axis!r}), mesh, '
         f'axis={self.axis!r})`.'
       ) from error
-
-
-def _check_penalty(penalty: Any) -> None:
-  check_no_schedule('penalty', penalty)
-  number = concrete(penalty)
-  if number is not None and not 0 <= number <= 1:
-    raise ValueError(
-      '`penalty` is the share of the second gradient, from 0 (none) to 1 '
-      f'(SAM). Given penalty={penalty!r}. To add c times the norm of the '
-      'gradient to the loss, write `penalty=c / radius`.'
-    )
 
 
 def _where(condition: jax.Array, x: Any, y: Any) -> Any:

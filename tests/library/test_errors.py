@@ -158,7 +158,7 @@ def test_number_of_attack_steps(steps):
 
 @pytest.mark.parametrize('probability', [-0.1, 1.1, float('nan')])
 def test_probability_of_a_clean_start(probability):
-  with pytest.raises(ValueError, match='probability in'):
+  with pytest.raises(ValueError, match='a probability, in'):
     conadv.pgd(0.1, start_from_clean=probability)
 
 
