@@ -167,7 +167,7 @@ def _check_kind(state: Any, made: Any) -> None:
   # any.
   while not hasattr(made, 'state_kind'):
     init = getattr(getattr(made, 'grad_fn', None), 'init', None)
-    if not isinstance(init, Partial):
+    if not isinstance(init, Partial) or not init.args:
       return
     made = init.args[0]
   kind = made.state_kind

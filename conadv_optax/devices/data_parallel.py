@@ -238,7 +238,9 @@ class _DataParallel:
     center = scale(1 / of_all, mean)
     parts = groups.deviation(own, within, share, center, center)
     return jax.tree.map(
-      lambda g, part: abs_sq(g) / of_all + part, mean, self._mean(parts)
+      lambda g, part: scale(1 / of_all, abs_sq(g)) + part,
+      mean,
+      self._mean(parts),
     )
 
 

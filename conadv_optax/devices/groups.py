@@ -140,7 +140,7 @@ def over_groups(
 def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
   """How much of the mean over groups is a group's, 1 on average."""
   if own is None or mean is None:
-    return jnp.ones([])
+    return jnp.ones([], jnp.float32)
   shares = [own[branch].mean / mean[branch].mean for branch in own]
   return sum(shares) / len(own)
 
@@ -174,13 +174,13 @@ def deviation(
 
   def about(g: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
     own = scale(1 / divisor, g)
-    return share * jnp.real(jnp.conj(own - before) * (own - after))
+    return scale(share, jnp.real(jnp.conj(own - before) * (own - after)))
 
   parts = jax.tree.map(about, grads, before, after)
   if second_moment is None:
     return parts
   return jax.tree.map(
-    lambda part, s, g: part + s - abs_sq(g) / divisor,
+    lambda part, s, g: part + s - scale(1 / divisor, abs_sq(g)),
     parts,
     second_moment,
     grads,

@@ -347,3 +347,34 @@ def test_a_denominator_that_is_no_real_scalar(wrong):
   with pytest.raises(TypeError) as error:
     grad_fn.value_and_grad(START, grad_fn.init(START, []), batch)
   assert_says(error, '`denominator(batch)`', "batch['mask'].sum()")
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices'])
+@pytest.mark.parametrize('masked', [False, True])
+def test_second_moments_with_64_bits_enabled(groups, dtype, masked):
+  with jax.enable_x64(True):
+    loss = conadv.plain(
+      lambda w, batch: loss_fn(
+        w, jax.tree.map(lambda x: x.astype(dtype), batch)
+      ),
+      denominator=denominator if masked else None,
+    )
+    grad_fn = {
+      'micro-batches': lambda: conadv.accumulate(loss, 4, second_moment=True),
+      'devices': lambda: conadv.data_parallel(
+        loss, mesh(4), second_moment=True
+      ),
+    }[groups]()
+    batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+    w = jnp.asarray(START, dtype)
+    (_, aux), grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+    assert grads.dtype == aux.second_moment.dtype == dtype
+  parts = np.arange(BATCH).reshape(4, 3)
+  if groups == 'micro-batches':
+    parts = np.arange(BATCH).reshape(3, 4).T
+  each = [Naive(START.astype(np.float64), batch, part) for part in parts]
+  squares = [(part.gradient / part.weight) ** 2 for part in each]
+  np.testing.assert_allclose(
+    aux.second_moment, np.mean(squares, axis=0), rtol=1e-4
+  )
