@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from conadv_optax.core.batches import check_arrays
-from conadv_optax.core.types import Batch, GradientFunction, Passes
+from conadv_optax.core.numeric import ratio
+from conadv_optax.core.types import (
+  Batch,
+  Denominators,
+  GradientFunction,
+  Passes,
+)
 
 NEXT = '[next(batches) for _ in range(grad_fn.staleness)]'
 
@@ -57,6 +63,14 @@ class Call(NamedTuple):
       key=self.key,
       **group,
     )
+
+
+def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
+  """How much of the mean over groups is a group's, 1 on average."""
+  if own is None or mean is None:
+    return jnp.ones([], jnp.float32)
+  shares = [ratio(own[branch].mean, mean[branch].mean) for branch in own]
+  return sum(shares) / len(own)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

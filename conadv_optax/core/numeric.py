@@ -79,6 +79,12 @@ def unit(tree: Any) -> Any:
   return scale(1 / jnp.where(length > 0, length, 1.0), tree)
 
 
+def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+  """`part / whole`, 0 of nothing."""
+  is_some = whole > 0
+  return jnp.where(is_some, part / jnp.where(is_some, whole, 1.0), 0.0)
+
+
 def weighted(weight: ArrayLike, x: jax.Array) -> jax.Array:
   """`weight * x`; nothing, not even a NaN, where the weight is 0."""
   weight = jnp.asarray(weight, x.dtype)

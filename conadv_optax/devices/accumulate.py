@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.micro_batches import cut, join, part_of
 from conadv_optax.core.numeric import abs_sq, check_count, scale
 from conadv_optax.core.types import (
@@ -98,6 +98,7 @@ class _Accumulate:
     return jax.jit(self._init)(call._replace(batch=batches))
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, Any]:
+    groups.check_groups(call.state, self.micro_batches)
     batches = cut(call.batch, self.micro_batches)
     return self._compiled(call._replace(batch=batches))
 
@@ -142,7 +143,7 @@ class _Accumulate:
         own = self.grad_fn.denominators(part, of_part.batch)
       parts, moment, new = groups.run_group(self.grad_fn, of_part)
       groups.check_one_kind(moment, self.second_moment)
-      return parts, moment, groups.share_of_mean(own, call.denominators), new
+      return parts, moment, share_of_mean(own, call.denominators), new
 
     def body(carry: Any, number: jax.Array) -> tuple[Any, Any]:
       written, part, total, deviations, seen = carry
@@ -166,12 +167,14 @@ class _Accumulate:
     shapes, moment, share, _ = jax.eval_shape(one, first, zero)
     wants_moment = self.second_moment or moment is not None
     moment = jax.eval_shape(lambda g: jax.tree.map(abs_sq, g), shapes.means[2])
-    zeros = optax.tree.zeros_like(
+    # Spread as the sums are to be, which inside of a `shard_map` must be said.
+    zeros = jax.tree.map(
+      lambda x: jax.lax.full(x.shape, 0, x.dtype, sharding=x.sharding),
       (
         shapes._replace(arrays=None),
         moment if wants_moment else None,
         share,
-      )
+      ),
     )
     (state, _, total, moment, seen), arrays = jax.lax.scan(
       body,

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.micro_batches import check_divides
 from conadv_optax.core.numeric import abs_sq, scale
 from conadv_optax.core.types import (
@@ -116,6 +116,7 @@ class _DataParallel:
     return jax.jit(self._init)(call._replace(batch=batches))
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, Any]:
+    groups.check_groups(call.state, self._devices)
     return self._compiled(call._replace(batch=self._place(call.batch)))
 
   def denominators(self, state: Any, batch: Batch) -> Denominators:
@@ -127,6 +128,10 @@ class _DataParallel:
     specs = (self._specs(state), P(self.axes))
     run = self._on_devices(local, specs, P())
     return jax.jit(run)(state, self._place(batch))
+
+  @property
+  def _devices(self) -> int:
+    return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
   @functools.cached_property
   def _compiled(self) -> Callable[..., Any]:
@@ -179,7 +184,7 @@ class _DataParallel:
       groups.check_one_kind(moment, self.second_moment)
       means = self._mean(parts.means)
       if moment is not None or self.second_moment:
-        share = groups.share_of_mean(own, call.denominators)
+        share = share_of_mean(own, call.denominators)
         moment = self._moment(parts.means[2], means[2], moment, share)
       counts = jax.lax.psum(parts.counts, self.axes)
       parts = parts._replace(means=means, counts=counts)
@@ -203,7 +208,7 @@ class _DataParallel:
   def _place(self, batch: Batch) -> Batch:
     check_divides(
       batch,
-      math.prod(self.mesh.shape[axis] for axis in self.axes),
+      self._devices,
       'devices',
       f'take fewer devices: `jax.make_mesh((n,), {self.axes[:1]})`',
     )

@@ -137,14 +137,6 @@ def over_groups(
   }
 
 
-def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
-  """How much of the mean over groups is a group's, 1 on average."""
-  if own is None or mean is None:
-    return jnp.ones([], jnp.float32)
-  shares = [own[branch].mean / mean[branch].mean for branch in own]
-  return sum(shares) / len(own)
-
-
 def check_one_kind(second_moment: Any, wanted: bool) -> None:
   """Gradients are squared in one kind of group, the inner ones."""
   if wanted and second_moment is not None:
@@ -212,6 +204,22 @@ def map_state(
   return jax.tree.map(
     apply, *states, is_leaf=lambda x: isinstance(x, ConAdvState | PerGroup)
   )
+
+
+def check_groups(state: Any, number: int) -> None:
+  """What each group has of its own, as many have."""
+
+  def own(part: PerGroup) -> None:
+    held = {x.shape[0] for x in jax.tree.leaves(part)}
+    if held - {number}:
+      raise ValueError(
+        f'Each of the {number} groups has its own part of the state. Given a '
+        f'state of {held.pop()} groups. Likely it is of a run on other devices '
+        'or with other micro-batches: restore all but the state, and write '
+        '`state = grad_fn.init(params, first_batches)`.'
+      )
+
+  map_state(state, queue=lambda part: None, own=own, shared=lambda leaf: None)
 
 
 def own_key(key: jax.Array | None, group: ArrayLike) -> Any:

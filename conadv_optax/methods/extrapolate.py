@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
   check_choice,
   check_not_negative,
+  ratio,
+  scale,
   tree_at_least_float32,
   zeros_like,
 )
@@ -166,7 +168,8 @@ class _Extrapolate:
     if self.direction == 'past':
       towards = ascent(state.past.value)
     elif self.direction == 'current':
-      towards = ascent(call.value_and_grad(self.grad_fn)[1])
+      own = call._replace(denominators=None)
+      towards = ascent(own.value_and_grad(self.grad_fn)[1])
     else:
       key = check_key(True, call.key)
       noise_key, key = jax.random.split(key)
@@ -178,9 +181,15 @@ class _Extrapolate:
     output, grads, inner = call._replace(params=ahead).value_and_grad(
       self.grad_fn
     )
-    _, own = self.tx.update(ascent(grads), own, here)
+    # The group's own gradient, of which a mean takes its share.
+    share = jnp.ones([])
+    if call.denominators is not None:
+      divisors = self.denominators(state, call.batch)
+      share = share_of_mean(divisors, call.denominators)
+    its_own = scale(ratio(jnp.ones([]), share), tree_at_least_float32(grads))
+    _, own = self.tx.update(ascent(its_own), own, here)
     past: Any = ()
     if self.direction == 'past':
       # Copies, because a donated buffer must not be passed twice.
-      past = PerGroup(jax.tree.map(jnp.copy, cast_like(grads, call.params)))
+      past = PerGroup(jax.tree.map(jnp.copy, cast_like(its_own, call.params)))
     return output, grads, ExtrapolateState(inner, past, PerGroup(own))

@@ -16,6 +16,7 @@ from conadv_optax.core.batches import first_part
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
   check_share,
+  ratio,
   scale,
   share_of,
 )
@@ -210,14 +211,15 @@ class _FastAdvProp:
     done = add(done, 'main', keys[2], rest)
     # The sums are means where they are divided by what went into each leaf.
     total = jax.tree.map(
-      lambda total, seen: scale(1 / seen, total),
+      lambda total, seen: scale(ratio(jnp.ones([]), seen), total),
       done.gradients,
       _of_leaves(call.params, seen),
     )
     (loss, aux), grads = collect(
       done._replace(gradients=total), call, self.loss.has_aux
     )
-    return (loss / sum(seen.values()), aux), grads, call.state
+    loss = ratio(loss, jnp.asarray(sum(seen.values())))
+    return (loss, aux), grads, call.state
 
   def _split(self, batch: Batch) -> tuple[Batch, Batch]:
     """What is attacked, and the rest."""

@@ -37,11 +37,11 @@ def craft(
   if attack.prepare is not None:
     batch = attack.prepare(prepare_key, batch)
   # The gradient of a mean is that of an example over their number, which
-  # float16 does not hold. On its way back it is 64 times that of an example, or
-  # as much as float16 allows; a power of two changes no digit.
+  # float16 does not hold. On its way back it is that of an example, as far as
+  # float16 holds the scale; a power of two changes no digit.
   size = jnp.asarray(clean.shape[0] if divisor is None else divisor)
   exponent = jnp.floor(jnp.log2(size.astype(jnp.float32)))
-  scale = jnp.exp2(jnp.clip(exponent + 6.0, 0.0, 15.0))
+  scale = jnp.exp2(jnp.clip(exponent, 0.0, 15.0))
 
   def gradient_fn(perturbed: jax.Array) -> jax.Array:
     def scaled(perturbed: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from conadv_optax.core.numeric import (
   cast_like,
   concrete,
   is_inexact,
+  ratio,
   scale,
   tree_at_least_float32,
   weighted,
@@ -108,8 +109,8 @@ def _one_pass(
   if call.denominators is not None:
     of_mean = call.denominators[one.branch]
     # At most 1 where the model's dtype may be short, the rest in float32.
-    share = loss.divisor(one.batch).mean / of_mean.most
-    rest_of_share = of_mean.most / of_mean.mean
+    share = ratio(loss.divisor(one.batch).mean, of_mean.most)
+    rest_of_share = ratio(of_mean.most, of_mean.mean)
 
   def part(x: Any) -> Any:
     if share is None or not is_inexact(x):

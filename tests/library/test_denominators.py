@@ -378,3 +378,60 @@ def test_second_moments_with_64_bits_enabled(groups, dtype, masked):
   np.testing.assert_allclose(
     aux.second_moment, np.mean(squares, axis=0), rtol=1e-4
   )
+
+
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices', 'roles'])
+def test_a_branch_of_padding_alone_adds_nothing(groups):
+  """The attacked examples of every group are padding; the rest are not."""
+  grad_fn = GROUPS[groups](
+    conadv.wrap(
+      loss_fn,
+      attack=conadv.fgsm(EPSILON),
+      inputs='x',
+      adversarial_fraction=0.25,
+      weights=WEIGHTS,
+      denominator=denominator,
+    )
+  )
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  firsts = [0, 1, 2, 3] if groups == 'micro-batches' else [0, 3, 6, 9]
+  batch['mask'][[*firsts, 11]] = 0
+  _, grads, _ = grad_fn.value_and_grad(
+    START, grad_fn.init(START, [batch]), batch
+  )
+  main = Naive(START.astype(np.float64), batch)
+  expected = WEIGHTS['main'] * main.gradient / main.weight
+  np.testing.assert_allclose(grads, expected, rtol=1e-4)
+
+
+def test_a_batch_of_padding_alone_is_no_gradient():
+  batch = {**BATCHES[0], 'mask': np.zeros((BATCH, TOKENS), np.float32)}
+  for groups in ('micro-batches', 'devices', 'both'):
+    grad_fn = GROUPS[groups](conadv.plain(loss_fn, denominator=denominator))
+    _, grads, _ = grad_fn.value_and_grad(START, grad_fn.init(START, []), batch)
+    np.testing.assert_array_equal(grads, 0)
+
+
+@pytest.mark.parametrize('direction', ['current', 'past'])
+def test_each_group_goes_ahead_by_its_own_gradient(direction):
+  """However few of its tokens are real."""
+  ahead = 0.5
+  grad_fn = conadv.data_parallel(
+    conadv.extrapolate(
+      conadv.plain(loss_fn, denominator=denominator), ahead, direction=direction
+    ),
+    mesh(4),
+  )
+  batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  batch['mask'][[0, 1, 5]] = 0
+  batch['mask'][3:5, 1:] = 0
+  state = grad_fn.init(START, [])
+  for _ in range(1 if direction == 'current' else 2):
+    _, grads, state = grad_fn.value_and_grad(START, state, batch)
+  w, total = START.astype(np.float64), 0
+  parts = [slice(i, i + 3) for i in (0, 3, 6, 9)]
+  for part in parts:
+    here = Naive(w, batch, part)
+    there = Naive(w - ahead * here.gradient / here.weight, batch, part)
+    total = total + there.gradient
+  np.testing.assert_allclose(grads, total / batch['mask'].sum(), rtol=1e-4)

@@ -326,3 +326,18 @@ def test_a_loss_that_talks_to_attackers():
   w, batch = jnp.ones((4, 3)), {'image': jnp.ones((24, 4))}
   with pytest.raises(ValueError, match="over the axis 'role'"):
     grad_fn.value_and_grad(w, grad_fn.init(w, [batch]), batch)
+
+
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices'])
+def test_a_state_of_another_number_of_groups(groups):
+  def make(number):
+    grad_fn = conadv.sam(lambda w, x: jnp.mean((x @ w) ** 2), 0.1, every=2)
+    if groups == 'devices':
+      return conadv.data_parallel(grad_fn, make_mesh(number))
+    return conadv.accumulate(grad_fn, number)
+
+  x, w = jnp.ones((8, 3)), jnp.ones(3)
+  state = jax.device_get(make(4).init(w, []))
+  with pytest.raises(ValueError) as error:
+    make(2).value_and_grad(w, state, x)
+  assert_says(error, 'Each of the 2 groups', 'of 4 groups', 'grad_fn.init(')
