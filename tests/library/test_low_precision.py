@@ -331,3 +331,25 @@ def test_a_large_gradient_of_the_one_real_group():
   w = jnp.ones([], jnp.float16)
   _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
   np.testing.assert_allclose(np.float32(grads), 3e4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_large_gradients_of_examples_point_as_in_float32(norm):
+  """Up to 13,700 each: four times that is all that float16 holds."""
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(3 * rng.normal(size=(256, 8)), jnp.float16)
+  w = jnp.asarray(10 * rng.normal(size=(8, 16)), jnp.float16)
+
+  def moves(dtype):
+    def loss_fn(w, batch):
+      raised = jnp.abs(batch['image'] @ w) ** jnp.asarray(1.5, dtype)
+      return 64 * jnp.mean(raised.astype(jnp.float32))
+
+    batch = {'image': x.astype(dtype)}
+    attack = conadv.fgsm(0.5, norm=norm)
+    moved = conadv.perturb(loss_fn, w.astype(dtype), batch, attack=attack)
+    return np.float64(moved['image']) - np.float64(x)
+
+  short, full = moves(jnp.float16), moves(jnp.float32)
+  lengths = np.linalg.norm(short, axis=1) * np.linalg.norm(full, axis=1)
+  assert np.mean(np.sum(short * full, axis=1) / lengths) > 0.995

@@ -342,3 +342,19 @@ def test_synchronised_statistics_with_a_device_of_padding():
   np.testing.assert_allclose(
     got, jax.grad(make(None))(w, batch), rtol=1e-4, atol=1e-5
   )
+
+
+def test_micro_batches_on_devices_with_a_weight_over_a_model_axis():
+  kind = jax.sharding.AxisType.Explicit
+  both = jax.make_mesh((4, 2), ('data', 'model'), (kind, kind))
+  spread = jax.sharding.NamedSharding(both, jax.P(None, 'model'))
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(16, 5)).astype(np.float32)
+  w = rng.normal(size=(5, 4)).astype(np.float32)
+  grad_fn = conadv.data_parallel(
+    conadv.accumulate(lambda w, x: jnp.mean((x @ w) ** 2), 2), both
+  )
+  there = jax.device_put(w, spread)
+  _, grads, _ = grad_fn.value_and_grad(there, grad_fn.init(there, []), x)
+  expected = 2 * x.T @ (x @ w) / (16 * 4)
+  np.testing.assert_allclose(jax.device_get(grads), expected, rtol=1e-4)
