@@ -5,7 +5,7 @@
 1,437 training images in batches of 128 are 11.2 steps an epoch; 30 epochs are
 337 steps.
 
-Result: 99.72 %, 99.44 % and 100.00 % of the 360 held-out images right with
+Result: 99.44 %, 99.17 % and 99.72 % of the 360 held-out images right with
 seeds 0, 1 and 2, in a minute or so on two CPU cores, compilation included.
 """
 
@@ -49,6 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
       'attack': {
         'epsilon': 16.0,  # of 255 levels
         'start_from_clean': 0.2,
+        # A reused gradient has the training's, above.
+        'label_smoothing': 0.0,
       },
       'lars': {
         'peak': 8.0,

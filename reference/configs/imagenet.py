@@ -10,8 +10,8 @@ ImageNet's deviations is 4.0 to 4.1 of 255 levels; here it is 4.0. The attack is
 one step of that length towards a random wrong class, from a uniform random
 start, or with probability 0.2 from the clean image. That code then clips the
 normalised image to [-1, 1], which changes clean pixels too; here a pixel stays
-within 0 and 255. Every branch has label smoothing 0.1 and the same weight; here
-the loss that the attack lowers has it too, there it has not.
+within 0 and 255. Every branch has label smoothing 0.1 and the same weight; the
+loss that the attack lowers has none.
 """
 
 import ml_collections
@@ -83,6 +83,8 @@ def make_config(
       'attack': {
         'epsilon': 4.0,  # of 255 levels
         'start_from_clean': 0.2,
+        # A reused gradient has the training's, above.
+        'label_smoothing': 0.0,
       },
       'lars': {
         'peak': peak,

@@ -57,6 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
       'attack': {
         'epsilon': 4.0,  # of 255 levels
         'start_from_clean': 0.2,
+        # A reused gradient has the training's, above.
+        'label_smoothing': 0.0,
       },
       'lars': {
         'peak': 8.0,

@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
         'stem': 'small',
         'dtype': 'bfloat16',
       },
+      # Without `label_smoothing` the attack has that of training.
       'attack': {
         'epsilon': 4.0,  # of 255 levels
         'start_from_clean': 0.2,

@@ -64,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
         'stem': 'strided',
         'dtype': 'float32',
       },
+      # Without `label_smoothing` the attack has that of training.
       'attack': {
         'epsilon': 8.0,  # of 255 levels
         'start_from_clean': 0.2,

@@ -53,12 +53,15 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         f'{config.run[name]}. Likely it was to be turned off: take more than '
         f'the run has, `--config.run.{name}=1000000`.'
       )
-  if not 0 <= config.label_smoothing < 1:
-    raise ValueError(
-      '`label_smoothing` is what the true label gives to all, from 0 to less '
-      f'than 1. Given {config.label_smoothing}. Likely meant in percent: '
-      '`--config.label_smoothing=0.1`.'
-    )
+  for name, value in (
+    ('label_smoothing', config.label_smoothing),
+    ('attack.label_smoothing', config.attack.get('label_smoothing', 0.0)),
+  ):
+    if not 0 <= value < 1:
+      raise ValueError(
+        f'`{name}` is what the true label gives to all, from 0 to less than 1. '
+        f'Given {value}. Likely meant in percent: `--config.{name}=0.1`.'
+      )
 
 
 def check_channels(config: ml_collections.ConfigDict) -> None:

@@ -192,7 +192,7 @@ def make_group_gradient(
   otherwise: an attack away from the true label of the batch trained on would
   leak it through the batch's statistics. A reused gradient can only be that of
   the training loss, so `conadv_reuse` and `fast_advprop` attack the true label,
-  the first from the clean image.
+  smoothed as in training, the first from the clean image.
   """
   loss_fn = objective.make_loss(model, config)
   method, numbers = METHODS[config.method], config.methods
@@ -246,6 +246,8 @@ def make_group_gradient(
   return conadv.wrap(
     loss_fn,
     inputs=inputs,
+    # The first batches of `conadv_reuse` are attacked as all later ones.
+    has_branch=method.gradient != 'conadv_reuse',
     adversarial_fraction=numbers.conadv.adversarial_fraction,
     has_state=True,
     has_aux=True,

@@ -39,13 +39,17 @@ def make_loss(
   """The loss of one branch, which knows of no other.
 
   Returns:
-    A function of `(params, batch_stats, batch)` that returns `(loss,
-    (batch_stats, correct))`: float32 cross entropy with smoothed labels, and
-    the int32 count of right answers.
+    A function of `(params, batch_stats, batch)` and `branch`, what the loss is
+    for, that returns `(loss, (batch_stats, correct))`: float32 cross entropy
+    with smoothed labels, and the int32 count of right answers. For 'attack'
+    the labels are smoothed by `config.attack.label_smoothing`, or without that
+    field as for training.
   """
+  training = config.label_smoothing
+  attack = config.attack.get('label_smoothing', training)
 
   def loss_fn(
-    params: Any, batch_stats: Any, batch: Batch
+    params: Any, batch_stats: Any, batch: Batch, *, branch: str = 'main'
   ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     logits, updated = model.apply(
       {'params': params, 'batch_stats': batch_stats},
@@ -54,7 +58,8 @@ def make_loss(
       mutable=['batch_stats'],
     )
     labels = optax.smooth_labels(
-      jax.nn.one_hot(batch['label'], logits.shape[-1]), config.label_smoothing
+      jax.nn.one_hot(batch['label'], logits.shape[-1]),
+      attack if branch == 'attack' else training,
     )
     loss = optax.softmax_cross_entropy(logits, labels).mean()
     correct = (logits.argmax(-1) == batch['label']).sum(dtype=jnp.int32)

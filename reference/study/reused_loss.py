@@ -45,9 +45,13 @@ def make_losses(config: ml_collections.ConfigDict, num_classes: int) -> Any:
   loss_fn = objective.make_loss(model, config)
   pgd, fgsm = methods.make_attacks(config, num_classes)
 
-  def branch_loss(state: step.TrainState, branch: str) -> BranchLoss:
+  def branch_loss(
+    state: step.TrainState, branch: str, *, name: str = 'adversarial'
+  ) -> BranchLoss:
     batch_stats = conadv.dual_bn.select(state.model_state, branch)
-    return lambda params, batch: loss_fn(params, batch_stats, batch)[0]
+    return lambda params, batch: loss_fn(
+      params, batch_stats, batch, branch=name
+    )[0]
 
   @jax.jit
   def craft(
@@ -55,16 +59,16 @@ def make_losses(config: ml_collections.ConfigDict, num_classes: int) -> Any:
   ) -> dict[str, step.Batch]:
     return {
       name: conadv.perturb(
-        branch_loss(state, branch),
+        branch_loss(state, branch, name=loss),
         conadv.dual_bn.select(state.params, branch),
         batch,
         attack=attack,
         inputs=methods.make_inputs(config),
         key=key,
       )
-      for name, attack, branch in (
-        (REUSED, fgsm, 'main'),
-        (PASS, pgd, 'adversarial'),
+      for name, attack, branch, loss in (
+        (REUSED, fgsm, 'main', 'main'),
+        (PASS, pgd, 'adversarial', 'attack'),
       )
     }
 

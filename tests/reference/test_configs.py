@@ -1,14 +1,18 @@
 """The ImageNet configs: their recipes, their arithmetic, their model."""
 
+import csv
 import importlib
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from reference.configs import study_fashion_mnist
 from reference.run import checks, methods, train
+from reference.study import grid
 
 IMAGES = 1_281_167
 METHODS = (
@@ -39,6 +43,8 @@ PUBLISHED = {
   ('imagenet_96k', 'conadv'): 75.3,
   ('imagenet_96k', 'conadv_autoaugment'): 76.2,
 }
+
+DOCS = Path(__file__).parents[2] / 'docs'
 
 configs = pytest.mark.parametrize('name', RECIPES)
 
@@ -197,7 +203,25 @@ def test_the_attack_is_that_of_the_largest_run(name):
   raw_levels = 9 * 2 / 255 * np.array([0.229, 0.224, 0.225]) * 255
   np.testing.assert_allclose(config.attack.epsilon, raw_levels, rtol=0.04)
   assert config.attack.start_from_clean == 0.2
+  assert config.attack.label_smoothing == 0.0
   assert config.data.level_factor == 0.8
   assert config.label_smoothing == 0.1
   assert (config.data.size, config.data.crop) == (224, 'random_resized')
   assert config.data.eval_crop == 'center'
+
+
+def test_the_rows_in_the_docs_are_cells_of_the_study():
+  """What a cell's result depends on is in its name."""
+  config = study_fashion_mnist.get_config()
+  with (DOCS / 'study_fashion_mnist.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 209
+  for row in rows:
+    cell = grid.Cell(
+      row['variant'],
+      int(row['batch_size']),
+      float(row['peak']),
+      int(row['seed']),
+      final=row['kind'] == 'final',
+    )
+    assert grid.identify(config, cell) == row['cell'], cell

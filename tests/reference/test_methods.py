@@ -131,6 +131,69 @@ def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
   assert_close(found, descend(after.params, unravel(reused)), atol=1e-5)
 
 
+@pytest.mark.parametrize('method', ['conadv', 'conadv_reuse'])
+def test_the_attack_alone_has_labels_of_its_own(method):
+  """It steps from the clean image away from the label."""
+  batch, waiting, smoothings = make_batch(0), make_batch(1), (0.0, 0.9)
+  pixels = (waiting['image'] / 255 - 0.305) / 0.376
+  first, after = [], []
+
+  def copies_of(queue):
+    return queue.adversarial if method == 'conadv' else queue.batch['image']
+
+  for smoothing in smoothings:
+    config = tiny(
+      method,
+      **{
+        'attack.label_smoothing': smoothing,
+        'attack.start_from_clean': 1.0,
+        'methods.conadv.targets': 'none',
+      },
+    )
+    state, take, place = start(config, model=Small())
+    queue = state.conadv_state.queue
+    first.append(np.array(copies_of(queue)))
+    trained, old = arrays(state).params.main, arrays(state).model_state.main
+    # Both train on the same copy, whatever their attack made of the first.
+    copy = {'image': pixels.astype('float32'), 'label': waiting['label']}
+    if method == 'conadv':
+      copy = queue.adversarial.at[0].set(copy['image'])
+      queue = queue._replace(adversarial=copy)
+    else:
+      queue = queue._replace(batch=jax.tree.map(lambda x: x[None], place(copy)))
+    state, values = take(
+      state._replace(conadv_state=state.conadv_state._replace(queue=queue)),
+      place(batch),
+    )
+    copies = np.array(copies_of(state.conadv_state.queue)[0])
+    values, state = jax.device_get(values), arrays(state)
+    after.append((values, state.params, state.model_state, copies))
+
+  def loss(image, smoothing):
+    logits, _ = Small().apply(
+      {'params': trained, 'batch_stats': old},
+      image,
+      train=True,
+      mutable=['batch_stats'],
+    )
+    of_all = jax.nn.log_softmax(logits)
+    of_label = of_all[np.arange(16), batch['label']]
+    return -jnp.mean(
+      (1 - smoothing) * of_label + smoothing * of_all.mean(axis=1)
+    )
+
+  image = ((batch['image'] / 255 - 0.305) / 0.376).astype(np.float32)
+  expected = []
+  for smoothing in smoothings if method == 'conadv' else (0.1, 0.1):
+    moved = image + 16 / 255 / 0.376 * np.sign(jax.grad(loss)(image, smoothing))
+    expected.append(np.clip(moved, -0.305 / 0.376, 0.695 / 0.376))
+  for (*_, copies), by_hand in zip(after, expected, strict=True):
+    np.testing.assert_allclose(copies, by_hand, atol=1e-5)
+  assert np.array_equal(*expected) == (method == 'conadv_reuse')
+  assert np.array_equal(*first) == (method == 'conadv_reuse')
+  jax.tree.map(np.testing.assert_array_equal, after[0][:3], after[1][:3])
+
+
 def test_vrgd_and_the_noise_scale_compare_all_groups():
   # Four images a group: of two, BatchNorm makes a gradient of rounding alone.
   config = tiny('vrgd', accumulate=2, noise_scale=True)

@@ -91,6 +91,29 @@ def test_normalize_is_mean_and_deviation_of_each_channel():
   np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('attack', [{}, {'label_smoothing': 0.5}])
+def test_labels_are_smoothed_by_what_the_loss_is_for(attack):
+  model, batch = Model(), make_batch(0)
+  config = make_config(attack=attack)
+  variables = model.init(
+    jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False
+  )
+  loss_fn = objective.make_loss(model, config)
+  image = (batch['image'] / 255 - [0.4, 0.5]) / [0.2, 0.3]
+  logits, _ = model.apply(
+    variables, image.astype('float32'), train=True, mutable=['batch_stats']
+  )
+  of_all = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  right = of_all[np.arange(16), batch['label']].mean()
+  for branch in ('main', 'adversarial', 'augmented', 'attack'):
+    loss, _ = loss_fn(
+      variables['params'], variables['batch_stats'], batch, branch=branch
+    )
+    smoothing = 0.5 if attack and branch == 'attack' else 0.1
+    expected = -(1 - smoothing) * right - smoothing * of_all.mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
 def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
   config = make_config(method='vanilla')
   model, place, state, take = make_all(config)

@@ -191,6 +191,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
     ('run.keep', 0, r'number of checkpoints, 1 or more\. Given 0.*run\.keep='),
     ('run.log_every', 0, r'number of steps.*--config\.run\.log_every=1000000'),
     ('label_smoothing', 1.5, r'less than 1\. Given 1\.5.*label_smoothing=0\.1'),
+    ('attack.label_smoothing', 1.0, r'Given 1\.0.*\.attack\.label_smoothing=0'),
   ],
 )
 def test_a_field_that_cannot_be(field, value, message, tmp_path):
