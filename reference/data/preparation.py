@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tqdm
 
-from reference.data import image_files, jpeg, shards
+from reference.data import image_files, jpeg, shards, sources
 
 # About 450 MB of ImageNet: what a kill can cost, and 313 files.
 _IMAGES_PER_SHARD = 4096
@@ -102,8 +102,9 @@ def _plan(
       '`--on_bad_image=skip`.'
     )
   counts = {}
-  for split in shards.SPLITS:
-    total = len(_readable(listing, split, unreadable))
+  readable = [_readable(listing, split, unreadable) for split in shards.SPLITS]
+  for split, images in zip(shards.SPLITS, readable, strict=True):
+    total = len(images)
     if total == 0:
       raise ValueError(
         f'Both splits must have a readable image. {split!r} has none; the last '
@@ -114,8 +115,15 @@ def _plan(
       min(images_per_shard, total - start)
       for start in range(0, total, images_per_shard)
     ]
+  named = [
+    [(Path(x.name).name, x.label) for x in images] for images in readable
+  ]
   return shards.Manifest(
-    image_files.digest(listing), listing.classes, counts, unreadable
+    image_files.digest(listing),
+    listing.classes,
+    counts,
+    unreadable,
+    sources.fingerprint(listing.classes, *named),
   )
 
 

@@ -30,12 +30,14 @@ class Manifest(NamedTuple):
     classes: a label is a place in this list.
     counts: the number of images in each shard, by split.
     skipped: the unreadable images that are left out, with the reason.
+    fingerprint: of the images that are not, as `sources.fingerprint` makes it.
   """
 
   digest: str
   classes: list[str]
   counts: dict[str, list[int]]
   skipped: dict[str, str]
+  fingerprint: str = ''
 
 
 def pack(data: bytes, label: int) -> bytes:

@@ -4,11 +4,12 @@ import bisect
 import contextlib
 import functools
 import gzip
+import hashlib
 import itertools
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +35,66 @@ class Source(NamedTuple):
     held_out: records of the images that training never sees.
     read: takes a record to `(image, label)`, uint8 (H, W, C) and int; raises
       `jpeg.BadImageError`. Called from several threads.
-    num_classes: labels are 0 to num_classes - 1.
+    classes: a label is a place among these names.
+    fingerprint: the same for the same images wherever they lie, and another one
+      where a class or an image is another; see `fingerprint`.
   """
 
   train: Sequence[Any]
   held_out: Sequence[Any]
   read: Callable[[Any], tuple[np.ndarray, int]]
-  num_classes: int
+  classes: tuple[str, ...]
+  fingerprint: str = ''
+
+  @property
+  def num_classes(self) -> int:
+    """Labels are 0 to this, less one."""
+    return len(self.classes)
+
+
+def fingerprint(
+  classes: Sequence[str],
+  train: Iterable[tuple[str, int]],
+  held_out: Iterable[tuple[str, int]],
+) -> str:
+  """Tells a set of images from others, by names alone.
+
+  Args:
+    classes: their names, by label.
+    train: file name, without its folders, and label of each training image.
+    held_out: the same of each held-out image.
+
+  Returns:
+    A SHA-256, in which the order of the images does not count.
+  """
+  total = hashlib.sha256()
+  for part in (
+    classes,
+    *(
+      sorted(f'{label}/{name}' for name, label in x) for x in (train, held_out)
+    ),
+  ):
+    lines = ''.join(f'{line}\n' for line in (*part, ''))
+    total.update(lines.encode('utf-8', 'surrogateescape'))
+  return total.hexdigest()
+
+
+def _in_memory(
+  train: list[tuple[np.ndarray, int]], held_out: list[tuple[np.ndarray, int]]
+) -> Source:
+  """Images that have a place in place of a name, and a number for a class."""
+  classes = tuple(map(str, range(1 + max(label for _, label in train))))
+  named = [
+    [(str(place), label) for place, (_, label) in enumerate(split)]
+    for split in (train, held_out)
+  ]
+  return Source(
+    train,
+    held_out,
+    lambda record: record,
+    classes,
+    fingerprint(classes, *named),
+  )
 
 
 def digits() -> Source:
@@ -57,11 +111,9 @@ def digits() -> Source:
       random_state=0,
     )
   )
-  return Source(
-    train=list(zip(train, train_labels, strict=True)),
-    held_out=list(zip(held_out, held_out_labels, strict=True)),
-    read=lambda record: record,
-    num_classes=10,
+  return _in_memory(
+    list(zip(train, train_labels, strict=True)),
+    list(zip(held_out, held_out_labels, strict=True)),
   )
 
 
@@ -108,13 +160,7 @@ def idx_folder(folder: str) -> Source:
     labels = _read_idx(Path(folder) / f'{split}-{_IDX_LABELS}', 1)
     return list(zip(images[..., None], labels.tolist(), strict=True))
 
-  train, held_out = map(records, _IDX_SPLITS)
-  return Source(
-    train=train,
-    held_out=held_out,
-    read=lambda record: record,
-    num_classes=1 + max(label for _, label in train),
-  )
+  return _in_memory(*map(records, _IDX_SPLITS))
 
 
 def _folders(folder: str) -> list[str]:
@@ -185,11 +231,13 @@ def jpeg_folder(folder: str) -> Source:
       'of one broke off or a folder is misspelt: '
       f'`diff <(ls {train}) <(ls {found[0]})`.'
     )
+  records = [_split_records(split, classes) for split in (train, found[0])]
+  named = [
+    [(os.path.basename(path), label) for path, label in split]
+    for split in records
+  ]
   return Source(
-    train=_split_records(train, classes),
-    held_out=_split_records(found[0], classes),
-    read=_read_file,
-    num_classes=len(classes),
+    *records, _read_file, tuple(classes), fingerprint(classes, *named)
   )
 
 
@@ -246,7 +294,9 @@ def array_record(folder: str) -> Source:
       paths=paths,
       starts=starts[:-1],
     ),
-    num_classes=len(manifest.classes),
+    classes=tuple(manifest.classes),
+    # Shards of before it was kept have the other one.
+    fingerprint=manifest.fingerprint or manifest.digest,
   )
 
 

@@ -41,7 +41,8 @@ def make_source(count=10, size=8, bad=()):
       raise jpeg.BadImageError(f'{label}.jpg', 'Premature end')
     return images[label], label
 
-  return sources.Source(range(count), range(count), read, count), images
+  classes = tuple(map(str, range(count)))
+  return sources.Source(range(count), range(count), read, classes), images
 
 
 def take(source, config, count, *, state=None, skipped=None, **options):

@@ -205,7 +205,9 @@ def test_unreadable_images_are_left_out_and_counted(source, target):
   rest = expected('train')
   del rest[4]
   assert records(target, 'train') == rest
-  assert sources.array_record(str(target)).num_classes == 3
+  opened = sources.array_record(str(target))
+  assert opened.num_classes == 3
+  assert opened.fingerprint != sources.jpeg_folder(str(source)).fingerprint
 
 
 def test_what_real_data_sets_hold_is_kept_and_damage_counted(source, target):

@@ -62,12 +62,13 @@ def test_batches_are_those_of_the_folder(source, target):
       'run': {'threads': 2, 'workers': 0},
     }
   )
-  taken = []
+  taken, fingerprints = [], set()
   for name, folder in (('jpeg_folder', source), ('array_record', target)):
     opened = sources.open_source(
       ml_collections.ConfigDict({'source': name, 'folder': str(folder)})
     )
-    assert opened.num_classes == 3
+    assert opened.classes == CLASSES
+    fingerprints.add(opened.fingerprint)
     batches = input_pipeline.train_batches(opened, config, skipped={})
     train = list(itertools.islice(batches, 6))
     batches.close()
@@ -79,6 +80,7 @@ def test_batches_are_those_of_the_folder(source, target):
         )
       )
     )
+  assert len(fingerprints) == 1
   for a, b in zip(*taken, strict=True):
     assert a.keys() == b.keys()
     for name in a:

@@ -1,6 +1,7 @@
 """JPEGs and folders of them, against Pillow and hand-made damage."""
 
 import gzip
+import hashlib
 import io
 import pickle
 import re
@@ -199,6 +200,35 @@ def test_labels_are_sorted_folder_names(tmp_path, held_out):
   assert image.shape == (48, 64, 3)
 
 
+def test_a_fingerprint_is_of_names_and_labels(tmp_path):
+  folder = tmp_path / 'images'
+  write_folder(folder)
+  source = sources.jpeg_folder(str(folder))
+  assert source.classes == ('ant', 'bee')
+  lines = ['ant', 'bee', '']
+  for _ in ('train', 'val'):
+    lines += [f'{label}/{i}.jpg' for label in (0, 1) for i in range(3)] + ['']
+  text = ''.join(f'{line}\n' for line in lines)
+  assert source.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+
+  moved = folder.rename(tmp_path / 'elsewhere')
+  assert sources.jpeg_folder(f'{moved}//').fingerprint == source.fingerprint
+  (moved / 'train' / 'ant' / '0.jpg').write_bytes(encode(smooth_image(9)))
+  assert sources.jpeg_folder(str(moved)).fingerprint == source.fingerprint
+  seen = {source.fingerprint}
+  for old, new in (
+    ('train/ant/0.jpg', 'train/bee/9.jpg'),
+    ('val/ant/0.jpg', 'val/ant/00.jpg'),
+    ('val/ant/1.jpg', 'train/ant/1_.jpg'),
+  ):
+    (moved / old).rename(moved / new)
+    seen.add(sources.jpeg_folder(str(moved)).fingerprint)
+  for split in ('train', 'val'):
+    (moved / split / 'bee').rename(moved / split / 'wasp')
+  seen.add(sources.jpeg_folder(str(moved)).fingerprint)
+  assert len(seen) == 5
+
+
 def test_extensions_in_any_case_and_no_others(tmp_path):
   write_folder(tmp_path, count=1)
   for name in ('a.JPG', 'b.jpeg', 'c.JPEG', 'notes.txt'):
@@ -246,6 +276,7 @@ def test_no_class_folders(tmp_path):
 def test_digits_are_whole_and_disjoint():
   source = sources.digits()
   assert (len(source.train), len(source.held_out)) == (1437, 360)
+  assert source.classes == tuple('0123456789')
   records = [source.read(record) for record in source.train + source.held_out]
   images = np.stack([image for image, _ in records])
   assert images.dtype == np.uint8
@@ -289,13 +320,22 @@ def test_idx_files_are_read(tmp_path):
   source = sources.idx_folder(str(tmp_path))
   records = [source.read(x) for x in (*source.train, *source.held_out)]
   assert (len(source.train), len(source.held_out)) == (2, 1)
-  assert source.num_classes == 2
+  assert source.classes == ('0', '1')
   for (image, label), expected, number in zip(
     records, images, labels, strict=True
   ):
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, expected[..., None])
     assert (type(label), label) == (int, number)
+
+
+def test_a_fingerprint_without_names_is_of_the_labels(tmp_path):
+  write_idx(tmp_path)
+  first = sources.idx_folder(str(tmp_path)).fingerprint
+  assert sources.idx_folder(f'{tmp_path}/').fingerprint == first
+  with gzip.open(tmp_path / IDX_FILES[1], 'wb') as file:
+    file.write(struct.pack('>HBBi', 0, 8, 1, 2) + bytes([0, 1]))
+  assert sources.idx_folder(str(tmp_path)).fingerprint != first
 
 
 def test_missing_idx_files_are_named(tmp_path):

@@ -85,7 +85,8 @@ def numbered_source():
     image[:2, 0, 0] = divmod(number, 256)
     return image, number % 10
 
-  return sources.Source(list(range(300)), list(range(300, 400)), read, 10)
+  classes = tuple('0123456789')
+  return sources.Source(list(range(300)), list(range(300, 400)), read, classes)
 
 
 def numbers_in(images):

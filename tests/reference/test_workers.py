@@ -67,7 +67,8 @@ def telling_source(count=20, bad=(3, 7)):
     image = np.random.default_rng(label).integers(256, size=(12, 12, 3))
     return image.astype(np.uint8), label
 
-  return sources.Source(range(count), range(count), read, count)
+  classes = tuple(map(str, range(count)))
+  return sources.Source(range(count), range(count), read, classes)
 
 
 def test_workers_make_the_same_batches_and_states(caplog):
