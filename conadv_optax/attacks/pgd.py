@@ -1,4 +1,4 @@
-r"""Attacks: how one leaf of the batch is perturbed.
+r"""Attacks: how the inputs are perturbed.
 
 An attack climbs the loss inside a ball around the clean input,
 
@@ -13,6 +13,7 @@ References:
   <https://arxiv.org/abs/1706.06083>`_, 2018
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,10 @@ def pgd(
   step_size: ArrayLike | None = None,
   steps: int = 1,
   norm: Norm = 'linf',
+  batch_axes: int = 1,
   random_start: bool = True,
   start_from_clean: ArrayLike = 0.0,
+  restarts: int = 1,
   bounds: tuple[ArrayLike, ArrayLike] | None = None,
   targets: Targets | None = None,
 ) -> Attack:
@@ -65,6 +68,9 @@ def pgd(
   is zero, or holds a NaN, takes no step. Where entries are infinite, a step in
   'l2' goes along them alone, as far along each.
 
+  Where `inputs` are several leaves, an example is what it has in all of them,
+  as if they were put together: one ball, one norm.
+
   An untargeted one-step attack on the very batch that is trained on leaks the
   label through batch statistics (Mei et al., Fast AdvProp); `random_targets`
   avoids it.
@@ -75,14 +81,22 @@ def pgd(
       'l2' scales the axes of the ball: :math:`\|(\hat x - x)/\epsilon\|_2 \le
       1`. May be traced: for a schedule, build
       `conadv.wrap(loss_fn, attack=conadv.pgd(schedule(count)))` inside the
-      jitted step, which compiles once.
+      jitted step, which compiles once. For several leaves a list or dict like
+      `inputs` gives each its own.
     step_size: the step :math:`\alpha`, like `epsilon`. None: `epsilon` for one
       step, `2.5 * epsilon / steps` for more.
     steps: number of steps, at least 1.
-    norm: 'linf' or 'l2'. L2 is over all axes of an example but the first.
+    norm: 'linf' or 'l2'.
+    batch_axes: how many leading axes of the inputs have an L2 ball at each
+      place. 1, a ball for each example; 2 for one at each token of embeddings
+      (batch, tokens, features). What is said of an example holds for each ball.
     random_start: start at a uniform point of the ball.
     start_from_clean: with a random start, the probability of starting at the
       clean input all the same, one coin for the batch.
+    restarts: climb from as many random starts, and keep for each example the
+      end where its loss is highest (with `targets`, lowest). It needs the
+      loss of each example: with `has_branch`, let `loss_fn` return an array
+      (batch,) for the branch 'attack' in place of the mean.
     bounds: `(low, high)` of a valid input, each like `epsilon`; the result
       never leaves them, even where the clean input is outside by more than the
       ball. In a short dtype they are rounded inwards.
@@ -94,11 +108,12 @@ def pgd(
     input, so that the ball holds; an `epsilon` below its resolution vanishes.
 
   Raises:
-    TypeError: for a function, a schedule say, in place of a number, or `steps`
-      or `bounds` of another type.
+    TypeError: for a function, a schedule say, in place of a number, `steps` or
+      `bounds` of another type, or `restarts` with a loss that is a mean.
     ValueError: for a negative radius or step, `bounds` that are no pair or have
       low above high, fewer than one step, an unknown norm, a probability
-      outside [0, 1], or an array that does not broadcast to the input.
+      outside [0, 1], several restarts without a random start, an array that
+      does not broadcast to the input, or a tree that is not like the inputs.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
@@ -115,22 +130,36 @@ def pgd(
   """
   check_choice('norm', norm, tuple(BALLS))
   check_count('steps', steps)
-  check_not_negative('epsilon', epsilon)
+  check_count('batch_axes', batch_axes)
+  check_count('restarts', restarts)
+  _check_each('epsilon', epsilon)
   if step_size is None:
-    step_size = epsilon if steps == 1 else 2.5 * epsilon / steps
-  check_not_negative('step_size', step_size)
+    factor = 1.0 if steps == 1 else 2.5 / steps
+    step_size = jax.tree.map(lambda radius: factor * radius, epsilon)
+  _check_each('step_size', step_size)
   check_share('start_from_clean', start_from_clean, 'a probability')
+  if restarts > 1 and not random_start:
+    raise ValueError(
+      'Restarts begin at random points of the ball; from one point all end '
+      f'alike. Given restarts={restarts}, random_start=False. Leave out '
+      '`random_start`, or `restarts`.'
+    )
   low, high = (-jnp.inf, jnp.inf) if bounds is None else _unpack(bounds)
-  size = step_size if targets is None else -1.0 * step_size
+  sign = 1.0 if targets is None else -1.0
+  size = jax.tree.map(lambda size: sign * size, step_size)
   chance = start_from_clean if random_start else None
-  climb = _Climb(epsilon, size, steps, norm, chance, low, high)
-  one_gradient_is_enough = steps == 1 and not random_start and targets is None
+  climb = _Climb(
+    epsilon, size, steps, norm, batch_axes, chance, restarts, sign, low, high
+  )
+  one_gradient = steps == 1 and restarts == 1
+  from_clean = one_gradient and not random_start and targets is None
   return Attack(
-    craft=Partial(_Climb.craft, climb),
+    craft=Partial(_Climb.craft if restarts == 1 else _Climb.worst, climb),
     prepare=targets,
-    reuse=Partial(_Climb.reuse, climb) if one_gradient_is_enough else None,
+    reuse=Partial(_Climb.reuse, climb) if from_clean else None,
     draws=random_start or targets is not None,
-    one_step=Partial(_Climb.one_step, climb) if steps == 1 else None,
+    one_step=Partial(_Climb.one_step, climb) if one_gradient else None,
+    needs_losses=restarts > 1,
   )
 
 
@@ -138,46 +167,58 @@ def pgd(
 class _Climb:
   """What `pgd` was given, and the functions of its `Attack`."""
 
-  epsilon: ArrayLike
-  step_size: ArrayLike
+  epsilon: Any
+  step_size: Any
   steps: int
   norm: Norm
+  batch_axes: int
   chance: ArrayLike | None
-  low: ArrayLike
-  high: ArrayLike
+  restarts: int
+  sign: float
+  low: Any
+  high: Any
 
-  def around(self, inputs: jax.Array) -> Region:
-    clean = at_least_float32(inputs)
-    radius = _broadcast('epsilon', self.epsilon, clean)
-    size = _broadcast('step_size', self.step_size, clean)
-    low = _broadcast('bounds[0]', self.low, clean)
-    high = _broadcast('bounds[1]', self.high, clean)
-    return Region(BALLS[self.norm], clean, radius, size, low, high)
+  def around(self, inputs: Any) -> Region:
+    clean = _measurable(inputs, self.batch_axes)
+    of_each = (
+      _of_leaves(name, value, clean)
+      for name, value in (
+        ('epsilon', self.epsilon),
+        ('step_size', self.step_size),
+        ('bounds[0]', self.low),
+        ('bounds[1]', self.high),
+      )
+    )
+    return Region(BALLS[self.norm], self.batch_axes, clean, *of_each)
 
-  def start(self, key: jax.Array | None, region: Region) -> jax.Array:
+  def start(self, key: jax.Array | None, region: Region) -> Any:
     if self.chance is None:
       return region.clean
     assert key is not None  # `wrap` and its siblings have seen to it.
     coin_key, noise_key = jax.random.split(key)
-    noise = region.radius * region.ball.draw(noise_key, region.clean)
     from_clean = jax.random.bernoulli(coin_key, self.chance)
-    return region.project(region.clean + jnp.where(from_clean, 0.0, noise))
+    noise = region.draw(noise_key)
+    return region.project(
+      jax.tree.map(
+        lambda x, u: x + jnp.where(from_clean, 0.0, u), region.clean, noise
+      )
+    )
 
   def one_step(
-    self, key: jax.Array | None, inputs: jax.Array
-  ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    self, key: jax.Array | None, inputs: Any
+  ) -> tuple[Any, Callable[[Any], Any]]:
     region = self.around(inputs)
     begin = self.start(key, region)
     return begin, lambda gradient: region.rounded(
-      region.step(begin, gradient), inputs.dtype
+      region.step(begin, gradient), inputs
     )
 
   def craft(
     self,
     key: jax.Array | None,
-    gradient_fn: Callable[[jax.Array], jax.Array],
-    inputs: jax.Array,
-  ) -> jax.Array:
+    gradient_fn: Callable[[Any], Any],
+    inputs: Any,
+  ) -> Any:
     # Not a loop of one: XLA unrolls that after it has chosen how to run the
     # convolutions, and the whole ConAdv step took 1.4 times as long on a CPU.
     if self.steps == 1:
@@ -185,13 +226,40 @@ class _Climb:
       return finish(gradient_fn(begin))
     region = self.around(inputs)
 
-    def advance(_: Any, x: jax.Array) -> jax.Array:
+    def advance(_: Any, x: Any) -> Any:
       return region.step(x, gradient_fn(x))
 
     x = jax.lax.fori_loop(0, self.steps, advance, self.start(key, region))
-    return region.rounded(x, inputs.dtype)
+    return region.rounded(x, inputs)
 
-  def reuse(self, gradient: jax.Array, inputs: jax.Array) -> jax.Array:
+  def worst(
+    self,
+    key: jax.Array | None,
+    gradient_fn: Callable[[Any], Any],
+    inputs: Any,
+    losses_fn: Callable[[Any], jax.Array],
+  ) -> Any:
+    assert key is not None  # `wrap` and its siblings have seen to it.
+    keys = jax.random.split(key, self.restarts)
+
+    def better(i: jax.Array, best: tuple[Any, jax.Array]) -> Any:
+      x = self.craft(keys[i], gradient_fn, inputs)
+      height = self.sign * losses_fn(x)
+      # Where a loss is NaN it is higher than nothing.
+      is_higher = height > best[1]
+      return jax.tree.map(
+        lambda new, old: jnp.where(
+          jnp.expand_dims(is_higher, range(1, new.ndim)), new, old
+        ),
+        (x, height),
+        best,
+      )
+
+    like = jax.eval_shape(losses_fn, inputs)
+    lowest = jnp.full(like.shape, -jnp.inf, like.dtype, device=like.sharding)
+    return jax.lax.fori_loop(0, self.restarts, better, (inputs, lowest))[0]
+
+  def reuse(self, gradient: Any, inputs: Any) -> Any:
     return self.one_step(None, inputs)[1](gradient)
 
 
@@ -297,16 +365,61 @@ def _unpack(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
       f'`bounds` is a pair, (low, high). Given {describe(bounds)}. Write '
       '`bounds=(0., 1.)`; each may be an array, one value a channel say.'
     ) from error
-  for bound in (low, high):
+  lows, highs = jax.tree.leaves(low), jax.tree.leaves(high)
+  for bound in (*lows, *highs):
     check_no_schedule('bounds', bound)
-  least, most = concrete(low), concrete(high)
-  if least is not None and most is not None and not np.all(least <= most):
-    raise ValueError(
-      '`bounds` is (low, high), with low nowhere above high. Given '
-      f'bounds=({least.tolist()}, {most.tolist()}). Likely they are swapped: '
-      '`bounds=(0., 1.)`.'
-    )
+  # One of the two may be for all leaves of the inputs.
+  most_leaves = max(len(lows), len(highs))
+  pairs = (
+    itertools.islice(itertools.cycle(x), most_leaves) for x in (lows, highs)
+  )
+  for pair in zip(*pairs, strict=True):
+    least, most = map(concrete, pair)
+    if least is not None and most is not None and not np.all(least <= most):
+      raise ValueError(
+        '`bounds` is (low, high), with low nowhere above high. Given '
+        f'bounds=({least.tolist()}, {most.tolist()}). Likely they are swapped: '
+        '`bounds=(0., 1.)`.'
+      )
   return low, high
+
+
+def _check_each(name: str, value: Any) -> None:
+  """Checks a number, or a list or dict of them."""
+  for number in jax.tree.leaves(value):
+    check_not_negative(name, number)
+
+
+def _measurable(inputs: Any, batch_axes: int) -> Any:
+  """Every leaf in the widest dtype of them, at least float32."""
+  leaves = [at_least_float32(x) for x in jax.tree.leaves(inputs)]
+  widest = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
+  of_balls = {x.shape[:batch_axes] for x in leaves}
+  if len(of_balls) > 1 or len(*of_balls) < batch_axes:
+    given = ', '.join(map(describe, leaves))
+    raise ValueError(
+      'A ball has a place along the first `batch_axes` axes, which are those '
+      f'of all leaves. Given batch_axes={batch_axes} for inputs of {given}. '
+      'Write `batch_axes=1`, a ball for each example.'
+    )
+  return jax.tree.map(lambda x: x.astype(widest), inputs)
+
+
+def _of_leaves(name: str, value: Any, inputs: Any) -> Any:
+  """`value` for each leaf of the inputs, one for all or a tree like them."""
+  if jax.tree_util.all_leaves([inputs]):
+    return _broadcast(name, value, inputs)
+  try:
+    of_each = jax.tree.broadcast(value, inputs)
+  except ValueError as error:
+    raise ValueError(
+      f'`{name}` is one number or array for all leaves of `inputs`, or one for '
+      f'each in a container like theirs. Given {value!r:.80} for inputs of '
+      f'{jax.tree.map(describe, inputs)}. Likely an entry is missing.'
+    ) from error
+  return jax.tree.map(
+    lambda value, x: _broadcast(name, value, x), of_each, inputs
+  )
 
 
 def _broadcast(name: str, value: Any, inputs: jax.Array) -> jax.Array:

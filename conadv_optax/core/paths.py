@@ -1,4 +1,4 @@
-"""Names of leaves, and reading or writing one of them.
+"""Names of leaves, and reading or writing some of them.
 
 A leaf is named by the keys that lead to it, whatever the container: dicts,
 tuples, NamedTuples, dataclasses and every other registered pytree alike.
@@ -13,14 +13,21 @@ import jax
 from conadv_optax.core.types import Batch
 
 LeafSpec = Any
-"""A key, a tuple of keys, or a `(get, set)` pair of functions."""
+"""A key, a tuple of keys, or a `(get, set)` pair of functions.
+
+Or a list or dict of these, for several leaves.
+"""
 
 
 class Leaf(NamedTuple):
-  """Reads and writes one leaf of a batch."""
+  """Reads and writes one leaf of a batch, or a list or dict of several."""
 
-  get: Callable[[Batch], jax.Array]
-  set: Callable[[Batch, jax.Array], Batch]
+  get: Callable[[Batch], Any]
+  set: Callable[[Batch, Any], Batch]
+
+  def examples(self, batch: Batch) -> int:
+    """How many examples a batch has."""
+    return jax.tree.leaves(self.get(batch))[0].shape[0]
 
 
 def key_name(entry: Any) -> Any:
@@ -49,7 +56,7 @@ def _spell(names: tuple[Any, ...]) -> str:
 
 
 def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
-  """Turns a key, a tuple of keys or a `(get, set)` pair into a `Leaf`.
+  """Turns what names one leaf, or a list or dict of that, into a `Leaf`.
 
   Args:
     spec: what the user passed.
@@ -58,12 +65,14 @@ def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
   Returns:
     A `Leaf` whose functions raise `KeyError` when the batch has no such leaf.
   """
+  if isinstance(spec, list | dict):
+    return _several(spec, argument)
   is_pair = isinstance(spec, tuple) and any(callable(part) for part in spec)
   if is_pair:
     if len(spec) != 2 or not all(callable(part) for part in spec):
       raise TypeError(
         f'`{argument}` must be a key, a tuple of keys, or a (get, set) pair of '
-        f'functions. Given {spec!r}. A pair looks like '
+        f'functions, or a list of these. Given {spec!r}. A pair looks like '
         f'`{argument}=(lambda b: b.x, lambda b, x: b.replace(x=x))`.'
       )
     return Leaf(*spec)
@@ -92,5 +101,28 @@ def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
     leaves, treedef, index = find(batch)
     leaves[index] = value
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+  return Leaf(get, set_)
+
+
+def _several(specs: Any, argument: str) -> Leaf:
+  names = specs if isinstance(specs, dict) else range(len(specs))
+  parts = {
+    name: leaf(specs[name], argument=f'{argument}[{name!r}]') for name in names
+  }
+  if not parts:
+    raise ValueError(
+      f'`{argument}` must name a leaf of the batch, or several. Given '
+      f"{specs!r}. Write `{argument}=['left', 'right']`."
+    )
+
+  def get(batch: Batch) -> Any:
+    values = {name: part.get(batch) for name, part in parts.items()}
+    return values if isinstance(specs, dict) else list(values.values())
+
+  def set_(batch: Batch, values: Any) -> Batch:
+    for name, part in parts.items():
+      batch = part.set(batch, values[name])
+    return batch
 
   return Leaf(get, set_)

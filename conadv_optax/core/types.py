@@ -102,9 +102,9 @@ class Passes(NamedTuple):
     clean: `clean(batch)`, the inputs that `craft` perturbs.
   """
 
-  craft: Callable[..., jax.Array]
+  craft: Callable[..., Any]
   train: Callable[..., tuple[tuple[jax.Array, Any], Any]]
-  clean: Callable[[Batch], jax.Array]
+  clean: Callable[[Batch], Any]
 
 
 class GradientFunction(NamedTuple):
@@ -134,7 +134,10 @@ class GradientFunction(NamedTuple):
 
 
 class Attack(NamedTuple):
-  """How a leaf of the batch is perturbed. Bring your own by filling it in.
+  """How inputs are perturbed. Bring your own by filling it in.
+
+  `inputs` is an array with a leading batch axis, or a list or dict of them
+  where `wrap` was given several leaves.
 
   Attributes:
     craft: `craft(key, gradient_fn, inputs)` returns the adversarial inputs, of
@@ -150,23 +153,16 @@ class Attack(NamedTuple):
     one_step: `one_step(key, inputs)` returns `(start, finish)`: where the one
       gradient is taken, at least float32, and `finish(gradient)`, the
       adversarial inputs. None for more gradients; `fast_advprop` needs it.
+    needs_losses: whether `craft` takes a fourth argument, `losses_fn`, which
+      maps inputs of the shape and dtype of `inputs` to the loss of each
+      example there, (batch,), at least float32.
   """
 
-  craft: Callable[
-    [
-      jax.Array | None,
-      Callable[[jax.Array], jax.Array],
-      jax.Array,
-    ],
-    jax.Array,
-  ]
+  craft: Callable[..., Any]
   prepare: Callable[[jax.Array | None, Batch], Batch] | None = None
-  reuse: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  reuse: Callable[[Any, Any], Any] | None = None
   draws: bool = True
   one_step: (
-    Callable[
-      [jax.Array | None, jax.Array],
-      tuple[jax.Array, Callable[[jax.Array], jax.Array]],
-    ]
-    | None
+    Callable[[jax.Array | None, Any], tuple[Any, Callable[[Any], Any]]] | None
   ) = None
+  needs_losses: bool = False

@@ -173,7 +173,8 @@ def input_operator(
         lambda i: weighed(*part_of(parts, i)), jnp.arange(micro_batches)
       )
       result = join(result)
-    return result / jnp.sum(weights)
+    total = jnp.sum(weights)
+    return jax.tree.map(lambda x: x / total, result)
 
   return product
 

@@ -202,13 +202,14 @@ class _Concurrent:
         *passes.train(params, model_state, oldest, own_key, of_mean)
       )
 
-    def craft(turn: jax.Array) -> jax.Array:
+    def craft(turn: jax.Array) -> Any:
       # Of nobody in a last turn that is not for all: it is not sent.
       served = turn * self.attackers + role - self.trainers
       share, key_of = self._share(call.batch, served), self._key_of(key, served)
-      return _pack(passes.craft(params, model_state, share, key_of))
+      crafted = passes.craft(params, model_state, share, key_of)
+      return jax.tree.map(_pack, crafted)
 
-    def attack() -> jax.Array:
+    def attack() -> Any:
       return _one_by_one(craft, self.turns)
 
     _check_alone(train, self.role_axis)
@@ -271,10 +272,11 @@ class _Concurrent:
     role = jax.lax.axis_index(self.role_axis)
     return jnp.minimum(role, self.trainers - 1)
 
-  def _deliver(self, crafted: jax.Array, like: jax.Array) -> jax.Array:
+  def _deliver(self, crafted: Any, like: Any) -> Any:
     """From the attackers' turns to each trainer the one that is its own."""
     arrived = []
-    for turn, of_turn in enumerate(crafted):
+    for turn in range(self.turns):
+      of_turn = jax.tree.map(lambda x, turn=turn: x[turn], crafted)
       first = turn * self.attackers
       route = [
         (self.trainers + trainer - first, trainer)
@@ -282,7 +284,11 @@ class _Concurrent:
       ]
       arrived.append(jax.lax.ppermute(of_turn, self.role_axis, route))
     own = self._own_trainer() // self.attackers
-    return _unpack(jax.lax.select_n(own, *arrived), like)
+    return jax.tree.map(
+      lambda like, *turns: _unpack(jax.lax.select_n(own, *turns), like),
+      like,
+      *arrived,
+    )
 
   def _denominators(
     self, grad_fn: GradientFunction, state: ConAdvState, batch: Batch
@@ -330,10 +336,10 @@ def _zeros(fn: Callable[[], Any]) -> Any:
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn))
 
 
-def _one_by_one(fn: Callable[[jax.Array], jax.Array], number: int) -> jax.Array:
+def _one_by_one(fn: Callable[[jax.Array], Any], number: int) -> Any:
   # Not a loop of one, for the reason given in `pgd`.
   if number == 1:
-    return fn(jnp.zeros([], jnp.int32))[None]
+    return jax.tree.map(lambda x: x[None], fn(jnp.zeros([], jnp.int32)))
   return jax.lax.map(fn, jnp.arange(number, dtype=jnp.int32))
 
 

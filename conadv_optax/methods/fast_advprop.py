@@ -223,7 +223,7 @@ class _FastAdvProp:
 
   def _split(self, batch: Batch) -> tuple[Batch, Batch]:
     """What is attacked, and the rest."""
-    size = self.leaf.get(batch).shape[0]
+    size = self.leaf.examples(batch)
     count = share_of(self.fraction, size)
     if count == size:
       raise ValueError(
@@ -239,7 +239,7 @@ class _FastAdvProp:
     def divisor(part: Batch) -> Divisor:
       if self.loss.denominator is not None:
         return self.loss.divisor(part)
-      size = jnp.float32(self.leaf.get(part).shape[0])
+      size = jnp.float32(self.leaf.examples(part))
       return Divisor(size, size)
 
     return {'adversarial': divisor(attacked), 'main': divisor(rest)}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import describe
-from conadv_optax.core.paths import Leaf
+from conadv_optax.core.numeric import cast_like, describe
+from conadv_optax.core.paths import Leaf, named
 from conadv_optax.core.types import Attack, Batch
 from conadv_optax.training.loss import split_key
 
@@ -21,13 +21,14 @@ def craft(
   key: jax.Array | None,
   *,
   divisor: ArrayLike | None = None,
-) -> jax.Array:
+) -> Any:
   """The attack pass: adversarial inputs of a batch.
 
   Args:
     attack: how they are found.
     leaf: where they are in the batch.
-    loss: `loss(batch, key)`, a mean, at least float32.
+    loss: `loss(batch, key)`, a mean or the losses of the examples, at least
+      float32.
     batch: the clean examples.
     key: of the attack.
     divisor: what the loss is divided by; None is the number of examples.
@@ -39,22 +40,59 @@ def craft(
   # The gradient of a mean is that of an example over their number, which
   # float16 does not hold. On its way back it is that of an example, as far as
   # float16 holds the scale; a power of two changes no digit.
-  size = jnp.asarray(clean.shape[0] if divisor is None else divisor)
+  if divisor is None:
+    divisor = leaf.examples(batch)
+  size = jnp.asarray(divisor)
   exponent = jnp.floor(jnp.log2(size.astype(jnp.float32)))
   scale = jnp.exp2(jnp.clip(exponent, 0.0, 15.0))
 
-  def gradient_fn(perturbed: jax.Array) -> jax.Array:
-    def scaled(perturbed: jax.Array) -> jax.Array:
-      value = loss(leaf.set(batch, perturbed.astype(clean.dtype)), loss_key)
+  def losses_fn(perturbed: Any) -> jax.Array:
+    losses = loss(leaf.set(batch, perturbed), loss_key)
+    return _check_losses(losses, leaf.examples(batch))
+
+  def gradient_fn(perturbed: Any) -> Any:
+    def scaled(perturbed: Any) -> jax.Array:
+      value = loss(leaf.set(batch, cast_like(perturbed, clean)), loss_key)
+      if value.ndim:
+        value = value.sum() / size.astype(value.dtype)
       return scale.astype(value.dtype) * value
 
-    return jax.grad(scaled)(perturbed) / scale.astype(perturbed.dtype)
+    return jax.tree.map(
+      lambda g: g / scale.astype(g.dtype), jax.grad(scaled)(perturbed)
+    )
 
-  return check_crafted(attack.craft(craft_key, gradient_fn, clean), clean)
+  extra = [losses_fn] if attack.needs_losses else []
+  crafted = attack.craft(craft_key, gradient_fn, clean, *extra)
+  return check_crafted(crafted, clean)
+
+
+def _check_losses(losses: jax.Array, examples: int) -> jax.Array:
+  """One for each example."""
+  if losses.shape != (examples,):
+    raise TypeError(
+      'This attack compares the losses of each example, so `loss_fn` must '
+      f'return one number for each of the {examples} where it is called for '
+      f'the attack. It returned {describe(losses)}. Say `has_branch=True`, and '
+      "`return losses if branch == 'attack' else losses.mean()`."
+    )
+  return losses
 
 
 def check_inputs(inputs: Any) -> None:
-  """The perturbed leaf is a floating-point batch."""
+  """The perturbed leaf, or each of several, is a floating-point batch."""
+  sizes = {}
+  for path, x in named(inputs).items():
+    _check_input(x)
+    sizes[path] = x.shape[0]
+  if len(set(sizes.values())) > 1:
+    given = {'/'.join(map(str, path)): size for path, size in sizes.items()}
+    raise ValueError(
+      'The perturbed leaves must have one leading batch axis, that of the '
+      f'examples. Given {given} examples. Likely a leaf is not of this batch.'
+    )
+
+
+def _check_input(inputs: Any) -> None:
   if not hasattr(inputs, 'dtype') or not hasattr(inputs, 'shape'):
     raise TypeError(
       'The perturbed leaf must be an array with a leading batch axis. Given '
@@ -83,17 +121,27 @@ def check_attack(attack: Any) -> None:
     )
 
 
-def check_crafted(crafted: Any, clean: jax.Array) -> jax.Array:
-  """What an attack returned has the shape and dtype of the inputs."""
-  given = getattr(crafted, 'shape', None), getattr(crafted, 'dtype', None)
-  if given != (clean.shape, clean.dtype):
+def check_crafted(crafted: Any, clean: Any) -> Any:
+  """What an attack returned has the structure, shapes and dtypes of `clean`."""
+  given, wanted = (
+    {path: _form(x) for path, x in named(tree).items()}
+    for tree in (crafted, clean)
+  )
+  if given != wanted:
+    returned, inputs = (
+      str(jax.tree.map(describe, tree)) for tree in (crafted, clean)
+    )
     raise TypeError(
       'An attack must return adversarial inputs of the shape and dtype of the '
-      f'inputs, {describe(clean)}. It returned {describe(crafted):.80}. Likely '
+      f'inputs, {inputs}. It returned {returned:.80}. Likely '
       'it computes in float32, as it should, and does not convert at the end: '
       '`return perturbed.astype(inputs.dtype)`.'
     )
   return crafted
+
+
+def _form(x: Any) -> Any:
+  return getattr(x, 'shape', None), getattr(x, 'dtype', None)
 
 
 def check_fraction(fraction: Any) -> None:

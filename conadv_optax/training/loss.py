@@ -36,6 +36,7 @@ class Loss:
     key: Any,
     *,
     name: str | None = None,
+    by_example: bool = False,
   ) -> tuple[jax.Array, tuple[Any, Any]]:
     """`loss, (model_state, aux)` of one branch, the loss at least float32.
 
@@ -46,6 +47,7 @@ class Loss:
       batch: the examples.
       key: of the loss.
       name: what the loss is told that it is for; None is the branch.
+      by_example: whether it may return an array in place of the mean.
     """
     state = dual_bn.select(model_state, branch)
     output = self.function(
@@ -55,7 +57,7 @@ class Loss:
       **({'key': key} if self.has_key else {}),
       **({'branch': name or branch} if self.has_branch else {}),
     )
-    return self._unpack(output, state)
+    return self._unpack(output, state, 1 if by_example else 0)
 
   def divisor(self, batch: Batch) -> Divisor:
     """What the loss of `batch` was divided by."""
@@ -70,7 +72,7 @@ class Loss:
     check_key(draws or self.has_key, call.key)
 
   def _unpack(
-    self, output: Any, model_state: Any
+    self, output: Any, model_state: Any, most_axes: int
   ) -> tuple[jax.Array, tuple[Any, Any]]:
     has_state, has_aux = self.has_state, self.has_aux
     length = f' of {len(output)}' if isinstance(output, tuple | list) else ''
@@ -95,7 +97,7 @@ class Loss:
         'out: `lambda params, batch: loss_fn(params, model_state, batch)[0]`.'
       )
     loss = jnp.asarray(loss)
-    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+    if loss.ndim > most_axes or not jnp.issubdtype(loss.dtype, jnp.floating):
       raise TypeError(
         '`loss_fn` must return a floating scalar, the mean over the batch. It '
         f'returned {describe(loss)}. Likely the mean is missing: '

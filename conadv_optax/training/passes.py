@@ -40,7 +40,7 @@ class Pass(NamedTuple):
   batch: Batch
   key: jax.Array | None
   weight: ArrayLike
-  inputs: jax.Array | None = None
+  inputs: Any = None
 
 
 class Trained(NamedTuple):
@@ -122,7 +122,7 @@ def _one_pass(
     batch = one.batch
     if inputs is not None:
       assert leaf is not None
-      batch = leaf.set(batch, inputs.astype(leaf.get(batch).dtype))
+      batch = leaf.set(batch, cast_like(inputs, leaf.get(batch)))
     at = one.branch, params, call.model_state, batch, one.key
     value, rest = loss(*at, name=name)
     # Inside of what is differentiated: where a loss talks to other devices, its

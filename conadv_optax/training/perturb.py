@@ -40,8 +40,9 @@ def perturb(
   Craft outside of the function that is differentiated for training.
 
   Args:
-    loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.
-      A model with statistics goes in as a closure; ABSA attacks in evaluation
+    loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar,
+      or the losses of the examples, (batch,), which `pgd(restarts=2)` needs. A
+      model with statistics goes in as a closure; ABSA attacks in evaluation
       mode.
     params: parameters, any pytree.
     batch: a pytree of arrays with a leading batch axis.
@@ -88,8 +89,9 @@ def perturb(
   check_inputs(clean)
 
   def loss(batch: Batch, key: Any) -> jax.Array:
-    return Loss(loss_fn)('main', params, None, batch, key)[0]
+    at = 'main', params, None, batch, key
+    return Loss(loss_fn)(*at, by_example=True)[0]
 
-  part = first_part(batch, adversarial_fraction, clean.shape[0])
+  part = first_part(batch, adversarial_fraction, leaf.examples(batch))
   crafted = craft(attack, leaf, loss, part, key)
-  return leaf.set(batch, replace_first(clean, crafted))
+  return leaf.set(batch, jax.tree.map(replace_first, clean, crafted))

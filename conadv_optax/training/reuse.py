@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax
+
 from conadv_optax.core.calls import Call, pytree
-from conadv_optax.core.numeric import at_least_float32
+from conadv_optax.core.numeric import tree_at_least_float32
 from conadv_optax.core.types import Attack, Batch, Denominators, Queue
 from conadv_optax.training.craft import check_crafted
 from conadv_optax.training.steps import Step
@@ -29,12 +31,13 @@ class ReusedStep(Step):
 
   def run(self, call: Call, oldest: Any) -> tuple[tuple[Any, Any], Queue]:
     """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
-    inputs = at_least_float32(self.leaf.get(call.batch))
+    inputs = tree_at_least_float32(self.leaf.get(call.batch))
     output, gradient = self.train(call, call.batch, oldest.batch, inputs=inputs)
     assert self.attack.reuse is not None  # `check_reuse` has seen to it.
     part = self.part(call.batch)
     clean = self.leaf.get(part)
-    crafted = self.attack.reuse(gradient[: clean.shape[0]], clean)
+    gradient = jax.tree.map(lambda g, x: g[: x.shape[0]], gradient, clean)
+    crafted = self.attack.reuse(gradient, clean)
     crafted = check_crafted(crafted, clean)
     return output, Queue(self.leaf.set(part, crafted), None)
 

@@ -121,17 +121,27 @@ def _report(
   stale = passes.craft(old_params, model_state, batch, key)
   fresh = passes.craft(params, model_state, batch, key)
 
-  def loss(inputs: jax.Array) -> jax.Array:
+  def loss(inputs: Any) -> jax.Array:
     (_, aux), _ = passes.train(params, model_state, Queue(batch, inputs), key)
     return aux.losses['adversarial'].astype(jnp.float32)
 
-  def moved(inputs: jax.Array) -> jax.Array:
-    return jnp.sign(inputs - clean)
+  def moved(inputs: Any) -> Any:
+    return jax.tree.map(lambda x, at: jnp.sign(x - at), inputs, clean)
+
+  def share(agrees: Any, counts: Any) -> jax.Array:
+    agreed, counted = (
+      sum(jnp.sum(x, dtype=jnp.float32) for x in jax.tree.leaves(tree))
+      for tree in (jax.tree.map(jnp.logical_and, agrees, counts), counts)
+    )
+    return jnp.asarray(agreed / counted)
 
   clean_loss = loss(clean)
   old, new = moved(stale), moved(fresh)
   return StalenessReport(
-    jnp.mean(old == new, dtype=jnp.float32, where=(old != 0) | (new != 0)),
+    share(
+      jax.tree.map(jnp.equal, old, new),
+      jax.tree.map(lambda x, y: (x != 0) | (y != 0), old, new),
+    ),
     loss(stale) - clean_loss,
     loss(fresh) - clean_loss,
   )

@@ -53,7 +53,7 @@ class Step:
 
   def part(self, batch: Batch) -> Batch:
     """The examples that are attacked."""
-    return first_part(batch, self.fraction, self.leaf.get(batch).shape[0])
+    return first_part(batch, self.fraction, self.leaf.examples(batch))
 
   def keys(self, key: jax.Array | None) -> tuple[Any, dict[str, Any]]:
     """The attack's own key and those of the branches, from that of a call."""
@@ -61,13 +61,13 @@ class Step:
     attack_key, *branch_keys = split_key(key, 1 + len(branches))
     return attack_key, dict(zip(branches, branch_keys, strict=True))
 
-  def craft(self, call: Call, batch: Batch, key: Any) -> jax.Array:
+  def craft(self, call: Call, batch: Batch, key: Any) -> Any:
     """The attack pass: adversarial inputs of the first part of a batch."""
     batch = self.part(batch)
 
     def loss(batch: Batch, key: Any) -> jax.Array:
       at = 'adversarial', call.params, call.model_state, batch, key
-      return self.loss(*at, name='attack')[0]
+      return self.loss(*at, name='attack', by_example=True)[0]
 
     divisor = None
     if self.loss.denominator is not None:
@@ -85,7 +85,7 @@ class Step:
     clean: Batch,
     attacked: Batch,
     *,
-    inputs: jax.Array | None = None,
+    inputs: Any = None,
     after: Any = None,
   ) -> tuple[tuple[tuple[jax.Array, ConAdvAux], Any], Any]:
     """`((loss, aux), grads), input_gradient`: one pass for each branch.

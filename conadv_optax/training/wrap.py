@@ -12,7 +12,6 @@ References:
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -109,14 +108,15 @@ def wrap(
       batch axis: a key, a tuple of keys, or a `(get, set)` pair of functions
       `get(batch)`, `set(batch, value)`. `()` is the batch itself. `get` may
       convert, uint8 pixels to floats say: clean batches then wait as they are,
-      and `loss_fn` must take the leaf as it is and as `get` returns it.
+      and `loss_fn` must take the leaf as it is and as `get` returns it. A list
+      or dict of these perturbs several leaves at once: `['left', 'right']`.
     weights: the weight of each branch's loss, by name, floats or scalar arrays,
       finite and not negative. None: equal, summing to 1. Algorithm 1 of the
       paper is the plain sum, `{'main': 1., 'adversarial': 1.}`. A branch of
       weight 0 adds nothing, not even a NaN.
     extra_branches: further clean views, each a branch with a norm of its own:
       `{'augmented': 'image_augmented'}` names the leaf that takes the place of
-      `inputs`.
+      `inputs`, or a list or dict of as many.
     adversarial_fraction: the share :math:`p` of each batch to attack: its
       first :math:`\lfloor p B \rfloor` examples, at least one. The adversarial
       loss is the mean over those. Of a batch that `jit` spreads over devices
@@ -139,7 +139,8 @@ def wrap(
       'main', 'adversarial', the name of an extra branch, or 'attack' for the
       loss that the attack climbs (with `reuse_gradient` that is 'main'). So the
       attack can have no label smoothing, statistics in evaluation mode, or
-      another loss than training.
+      another loss than training. For 'attack' it may return the losses of the
+      examples, (batch,), in place of their mean.
 
   Returns:
     A `GradientFunction`. Its loss is the weighted sum of the branches' and, as
@@ -250,7 +251,7 @@ class ConAdvStep(Step):
 
   def craft_alone(
     self, params: Any, model_state: Any, batch: Batch, key: Any
-  ) -> jax.Array:
+  ) -> Any:
     """The adversarial inputs of a batch."""
     call = Call(params, None, batch, model_state, key)
     self.check(call, [batch])
@@ -264,7 +265,7 @@ class ConAdvStep(Step):
     self.check(call, [waiting.batch])
     return self._train(call, waiting)
 
-  def clean(self, batch: Batch) -> jax.Array:
+  def clean(self, batch: Batch) -> Any:
     """The inputs that are attacked."""
     return self.leaf.get(self.part(batch))
 

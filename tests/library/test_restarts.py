@@ -1,0 +1,141 @@
+"""Attacks that see the loss of each example: restarts that keep the worst."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from error_checks import assert_says
+from meshes import CLOSE, KINDS, make_mesh, on
+
+import conadv_optax as conadv
+
+SIZE = 16
+rng = np.random.default_rng(0)
+W = rng.normal(size=3).astype(np.float32)
+BATCH = {
+  'image': rng.normal(size=(SIZE, 3)).astype(np.float32),
+  'label': rng.integers(0, 2, SIZE),
+}
+
+
+def losses_of(w, batch):
+  # Many hills, so that where a climb ends depends on where it starts.
+  height = jnp.sin(6 * batch['image']) @ w
+  return jnp.where(batch['label'] == 0, height, -height)
+
+
+def loss_fn(w, batch, *, branch):
+  losses = losses_of(w, batch)
+  return losses if branch == 'attack' else losses.mean()
+
+
+def attack_with(restarts, **kwargs):
+  return conadv.pgd(1.0, steps=3, step_size=0.1, restarts=restarts, **kwargs)
+
+
+@pytest.mark.parametrize('targeted', [False, True])
+def test_each_example_keeps_its_worst_start(targeted):
+  key = jax.random.key(3)
+  # With two classes the wrong one is certain.
+  targets = conadv.random_targets(2) if targeted else None
+  found = conadv.perturb(
+    losses_of, W, BATCH, attack=attack_with(4, targets=targets), key=key
+  )
+  aimed = {**BATCH, 'label': 1 - BATCH['label']} if targeted else BATCH
+  sign = -1 if targeted else 1
+  climb = jax.grad(lambda x: losses_of(W, {**aimed, 'image': x}).sum())
+  ends = []
+  # The keys that `perturb` and `pgd` split from the one that they are given.
+  craft_key = jax.random.split(key, 3)[1]
+  for start_key in jax.random.split(craft_key, 4):
+    once = conadv.pgd(0.0 + 1.0, steps=1, step_size=0.0)
+    x = np.asarray(once.craft(start_key, climb, BATCH['image']))
+    for _ in range(3):
+      x = x + sign * 0.1 * np.sign(climb(x))
+      x = np.clip(x, BATCH['image'] - 1, BATCH['image'] + 1)
+    ends.append(x)
+  losses = np.stack([losses_of(W, {**aimed, 'image': x}) for x in ends])
+  chosen = (sign * losses).argmax(0)
+  assert len(set(chosen.tolist())) > 2
+  wanted = np.stack(ends)[chosen, np.arange(SIZE)]
+  np.testing.assert_allclose(found['image'], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_training_on_one_device_and_on_meshes():
+  grad_fn = conadv.wrap(loss_fn, 1, attack=attack_with(8), has_branch=True)
+  single = conadv.wrap(loss_fn, 1, attack=attack_with(1), has_branch=True)
+  key = jax.random.key(0)
+  losses = []
+  for made in (single, grad_fn):
+    state = made.init(W, [BATCH], key=key)
+    (_, aux), grads, _ = jax.jit(made.value_and_grad)(W, state, BATCH, key=key)
+    losses.append(float(aux.losses['adversarial']))
+  assert losses[1] > losses[0] + 0.1
+  for kind in KINDS:
+    mesh = make_mesh(4, kind=kind)
+    with jax.set_mesh(mesh):
+      w, batch = on(mesh, W), on(mesh, BATCH, 'data')
+      state = grad_fn.init(w, [batch], key=key)
+      _, spread, _ = jax.jit(grad_fn.value_and_grad)(w, state, batch, key=key)
+    chex.assert_trees_all_close(spread, grads, **CLOSE)
+  parallel = conadv.data_parallel(grad_fn, make_mesh(4))
+  state = parallel.init(W, [BATCH], key=key)
+  (_, aux), _, _ = parallel.value_and_grad(W, state, BATCH, key=key)
+  assert float(aux.losses['adversarial']) > losses[0] + 0.1
+
+
+def test_an_array_of_losses_is_climbed_as_their_mean_is():
+  def mean(w, batch, *, branch):
+    del branch
+    return losses_of(w, batch).mean()
+
+  results = []
+  for fn in (mean, loss_fn):
+    grad_fn = conadv.wrap(
+      fn,
+      0,
+      attack=conadv.Attack(
+        lambda key, gradient_fn, x: x + gradient_fn(x), draws=False
+      ),
+      has_branch=True,
+      denominator=lambda batch: jnp.float32(SIZE),
+    )
+    results.append(grad_fn.value_and_grad(W, grad_fn.init(W, []), BATCH)[:2])
+  chex.assert_trees_all_close(*results, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_never_the_worst():
+  def losses_fn(w, batch):
+    x = batch['image'][:, 0]
+    return jnp.where(x > 0.0, jnp.nan, x)
+
+  batch = {'image': jnp.zeros((64, 1))}
+  attack = conadv.pgd(1.0, step_size=0.0, restarts=6)
+  found = conadv.perturb(
+    losses_fn, W, batch, attack=attack, key=jax.random.key(0)
+  )
+  assert (found['image'] <= 0).all()
+  assert (found['image'] < 0).any()
+
+
+def test_a_mean_is_refused_where_losses_are_compared():
+  grad_fn = conadv.wrap(
+    lambda w, batch: losses_of(w, batch).mean(), 0, attack=attack_with(2)
+  )
+  with pytest.raises(TypeError) as error:
+    grad_fn.value_and_grad(W, grad_fn.init(W, []), BATCH, key=jax.random.key(0))
+  assert_says(error, 'each of the 16', 'float32[]', "branch == 'attack'")
+
+
+def test_restarts_need_a_start_that_differs():
+  with pytest.raises(ValueError) as error:
+    conadv.pgd(0.1, restarts=2, random_start=False)
+  assert_says(error, 'restarts=2', 'random_start')
+
+
+@pytest.mark.parametrize('maker', [conadv.wrap, conadv.fast_advprop])
+def test_one_gradient_cannot_restart(maker):
+  kwargs = {'reuse_gradient': True} if maker is conadv.wrap else {}
+  with pytest.raises(ValueError, match='one step'):
+    maker(loss_fn, attack=conadv.pgd(0.1, restarts=2), **kwargs)

@@ -1,0 +1,288 @@
+"""Several perturbed leaves, held against one leaf that holds all of them."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from error_checks import assert_says
+from jax.sharding import AxisType
+from meshes import CLOSE, KINDS, make_mesh
+
+import conadv_optax as conadv
+
+SIZE, LEFT, RIGHT = 48, (2, 2), 3
+rng = np.random.default_rng(0)
+W = rng.normal(size=7).astype(np.float32)
+
+
+def make_batch():
+  return {
+    'left': rng.normal(size=(SIZE, *LEFT)).astype(np.float32),
+    'right': rng.normal(size=(SIZE, RIGHT)).astype(np.float32),
+    'y': rng.normal(size=SIZE).astype(np.float32),
+  }
+
+
+BATCHES = [make_batch() for _ in range(4)]
+
+
+def loss_of(w, x, y):
+  return jnp.mean(jnp.tanh(x @ w - y) ** 2)
+
+
+def apart(w, batch):
+  left = batch['left'].reshape(-1, 4)
+  x = jnp.concatenate([left, batch['right']], axis=1)
+  return loss_of(w, x, batch['y'])
+
+
+def together(w, batch):
+  return loss_of(w, batch['x'], batch['y'])
+
+
+def joined(batch):
+  left = batch['left'].reshape(-1, 4)
+  return {'x': np.concatenate([left, batch['right']], 1), 'y': batch['y']}
+
+
+ATTACKS = {
+  'linf': (conadv.fgsm(0.3), conadv.fgsm(0.3)),
+  'l2': (conadv.fgsm(0.3, norm='l2'), conadv.fgsm(0.3, norm='l2')),
+  # A radius for each leaf is one for each feature; three steps.
+  'radii': tuple(
+    conadv.pgd(
+      epsilon,
+      norm='l2',
+      steps=3,
+      random_start=False,
+      bounds=(-1.0, {'left': 2.0, 'right': 1.5} if by_leaf else high),
+    )
+    for by_leaf, epsilon, high in (
+      (True, {'left': 0.2, 'right': jnp.array([0.1, 0.4, 0.0])}, None),
+      (
+        False,
+        jnp.array([0.2] * 4 + [0.1, 0.4, 0.0]),
+        jnp.array([2.0] * 4 + [1.5] * 3),
+      ),
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ATTACKS)
+def test_an_example_is_what_it_has_in_all_leaves(name):
+  inputs = {'left': 'left', 'right': 'right'}
+  by_leaf, whole = ATTACKS[name]
+  batch = {**BATCHES[0], 'y': BATCHES[0]['y']}
+  perturb = functools.partial(conadv.perturb, apart, W, batch)
+  found = perturb(attack=by_leaf, inputs=inputs, adversarial_fraction=0.5)
+  wanted = conadv.perturb(
+    together,
+    W,
+    joined(batch),
+    attack=whole,
+    inputs='x',
+    adversarial_fraction=0.5,
+  )
+  chex.assert_trees_all_close(joined(found), wanted, **CLOSE)
+  moved = np.abs(wanted['x'] - joined(batch)['x']).max(1)
+  assert (moved[: SIZE // 2] > 0.02).all()
+  assert (moved[SIZE // 2 :] == 0).all()
+
+
+def wrapped(loss_fn, inputs, form):
+  attack = ATTACKS['l2'][0]
+  if form == 'fast_advprop':
+    return conadv.fast_advprop(loss_fn, attack=attack, inputs=inputs)
+  return conadv.wrap(
+    loss_fn,
+    0 if form == 'advprop' else 2,
+    attack=attack,
+    inputs=inputs,
+    reuse_gradient=form == 'reuse',
+    adversarial_fraction=0.5,
+  )
+
+
+def on_devices(grad_fn, how, kind):
+  if how == 'accumulate':
+    return conadv.accumulate(grad_fn, 4)
+  if how == 'data_parallel':
+    return conadv.data_parallel(grad_fn, make_mesh(4, kind=kind))
+  if how == 'concurrent':
+    mesh = make_mesh(2, 4, names=('data', 'role'), kind=kind)
+    return conadv.concurrent(grad_fn, mesh)
+  return grad_fn
+
+
+def steps(grad_fn, batches):
+  state = grad_fn.init(W, batches[: grad_fn.staleness])
+  step = jax.jit(grad_fn.value_and_grad)
+  outputs = []
+  for batch in batches[grad_fn.staleness :]:
+    (loss, aux), grads, state = step(W, state, batch)
+    outputs.append((loss, aux.losses, grads))
+  return outputs[-2:]
+
+
+@pytest.mark.parametrize(
+  ('form', 'how'),
+  [
+    ('conadv', 'alone'),
+    ('advprop', 'alone'),
+    ('reuse', 'alone'),
+    ('fast_advprop', 'alone'),
+    ('conadv', 'accumulate'),
+    ('reuse', 'accumulate'),
+    ('conadv', 'data_parallel'),
+    ('reuse', 'data_parallel'),
+    ('fast_advprop', 'data_parallel'),
+    ('conadv', 'concurrent'),
+  ],
+)
+def test_every_wrapper_takes_several_leaves(form, how):
+  results = [
+    steps(on_devices(wrapped(*args, form), how, AxisType.Auto), batches)
+    for *args, batches in (
+      (apart, ['left', 'right'], BATCHES),
+      (together, 'x', list(map(joined, BATCHES))),
+    )
+  ]
+  chex.assert_trees_all_close(*results, **CLOSE)
+
+
+def test_on_explicit_meshes():
+  both = [
+    steps(
+      on_devices(wrapped(apart, ['left', 'right'], 'conadv'), how, kind),
+      BATCHES,
+    )
+    for how in ('data_parallel',)
+    for kind in KINDS
+  ]
+  chex.assert_trees_all_close(*both, **CLOSE)
+
+
+def test_the_start_is_uniform_in_the_ball_of_all_leaves():
+  inputs = {'a': jnp.zeros((4096, 2)), 'b': jnp.zeros((4096, 2, 1))}
+  attack = conadv.pgd(2.0, norm='l2', step_size=0.0)
+  start = attack.craft(jax.random.key(0), lambda x: x, inputs)
+  flat = np.concatenate(
+    [np.asarray(x).reshape(4096, -1) for x in start.values()], 1
+  )
+  share = (np.linalg.norm(flat, axis=1) / 2.0) ** 4
+  # Of a uniform point of the ball of four axes it is uniform from 0 to 1.
+  np.testing.assert_allclose(
+    np.quantile(share, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03
+  )
+  correlations = np.corrcoef(flat.T) - np.eye(4)
+  assert np.abs(correlations).max() < 0.06
+
+
+def test_leaves_of_other_dtypes_keep_them():
+  inputs = [jnp.ones((2, 3), jnp.float16), jnp.ones((2, 5))]
+  attack = conadv.fgsm(0.5, norm='l2')
+
+  def gradient_fn(x):
+    assert all(leaf.dtype == jnp.float32 for leaf in x)
+    return [jnp.ones((2, 3)), jnp.ones((2, 5))]
+
+  low, full = attack.craft(None, gradient_fn, inputs)
+  assert low.dtype == jnp.float16
+  step = 0.5 / 8**0.5
+  chex.assert_trees_all_close(full - 1, jnp.full((2, 5), step), rtol=1e-5)
+  chex.assert_trees_all_close(
+    low.astype(jnp.float32) - 1, jnp.full((2, 3), step), rtol=1e-2
+  )
+
+
+def test_a_nan_in_one_leaf_stops_the_example_in_all():
+  inputs = [jnp.zeros((2, 1)), jnp.zeros((2, 1))]
+  attack = conadv.fgsm(0.5)
+  gradient = [jnp.array([[1.0], [jnp.nan]]), jnp.ones((2, 1))]
+  crafted = attack.craft(None, lambda _: gradient, inputs)
+  chex.assert_trees_all_close(crafted, [jnp.array([[0.5], [0.0]])] * 2)
+
+
+def test_the_report_of_staleness_counts_all_leaves():
+  def report(loss_fn, inputs, batch):
+    grad_fn = conadv.wrap(loss_fn, attack=conadv.fgsm(0.1), inputs=inputs)
+    return conadv.staleness_report(grad_fn, W, W * W - 0.5, batch)
+
+  chex.assert_trees_all_close(
+    report(apart, ['left', 'right'], BATCHES[0]),
+    report(together, 'x', joined(BATCHES[0])),
+    **CLOSE,
+  )
+
+
+def test_an_input_hessian_of_several_leaves():
+  whole = conadv.hessian.input_operator(
+    together, W, joined(BATCHES[0]), inputs='x', micro_batches=2
+  )(joined(BATCHES[1])['x'])
+  vector = [BATCHES[1]['left'], BATCHES[1]['right']]
+  left, right = conadv.hessian.input_operator(
+    apart, W, BATCHES[0], inputs=['left', 'right'], micro_batches=2
+  )(vector)
+  found = jnp.concatenate([left.reshape(-1, 4), right], 1)
+  chex.assert_trees_all_close(found, whole, **CLOSE)
+
+
+def test_tokens_have_balls_of_their_own():
+  x, gradient = rng.normal(size=(2, 6, 5, 3)).astype(np.float32)
+  of_tokens = conadv.pgd(0.4, norm='l2', batch_axes=2, random_start=False)
+  found = of_tokens.craft(None, lambda _: gradient, x)
+  wanted = x + 0.4 * gradient / np.linalg.norm(gradient, axis=2, keepdims=True)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  start = conadv.pgd(0.4, norm='l2', batch_axes=2, step_size=0.0).craft(
+    jax.random.key(0), jnp.ones_like, jnp.zeros((512, 9, 3))
+  )
+  share = (np.linalg.norm(start, axis=2).ravel() / 0.4) ** 3
+  np.testing.assert_allclose(
+    np.quantile(share, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'arguments', 'words'),
+  [
+    (ValueError, {'inputs': []}, ['name a leaf', "['left', 'right']"]),
+    (KeyError, {'inputs': ['left', 'rihgt']}, ["'rihgt'", "inputs[1]='right'"]),
+    (
+      ValueError,
+      {'inputs': ['left', 'right'], 'attack': conadv.fgsm([0.1])},
+      ['epsilon', 'an entry is missing'],
+    ),
+    (
+      ValueError,
+      {'attack': conadv.pgd(0.1, norm='l2', batch_axes=3, random_start=False)},
+      ['batch_axes=3', 'float32[48,2,2]', 'float32[48,3]', 'batch_axes=1'],
+    ),
+    (
+      TypeError,
+      {'attack': conadv.Attack(lambda key, fn, x: x['left'], draws=False)},
+      ['shape and dtype', "{'left': 'float32[48,2,2]'"],
+    ),
+  ],
+)
+def test_wrong_leaves_are_told_where_they_enter(kind, arguments, words):
+  arguments = {
+    'inputs': {'left': 'left', 'right': 'right'},
+    'attack': conadv.fgsm(0.1),
+    **arguments,
+  }
+  with pytest.raises(kind) as error:
+    conadv.perturb(apart, W, BATCHES[0], **arguments)
+  assert_says(error, *words)
+
+
+def test_leaves_of_two_batches_are_refused():
+  batch = {**BATCHES[0], 'right': BATCHES[0]['right'][:7]}
+  with pytest.raises(ValueError) as error:
+    conadv.perturb(
+      apart, W, batch, attack=conadv.fgsm(0.1), inputs=['left', 'right']
+    )
+  assert_says(error, 'one leading batch axis', '48', '7')
