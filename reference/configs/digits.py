@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
         'on_bad_image': 'stop',  # or skip
       },
       'model': {
+        'build': '',  # or my_models:make, a function of your own
         'stage_sizes': (1, 1, 1),
         'filters': 16,
         'block': 'basic',  # or bottleneck

@@ -74,6 +74,7 @@ def make_config(
         'on_bad_image': 'skip',  # or stop
       },
       'model': {
+        'build': '',  # or my_models:make, a function of your own
         'stage_sizes': (3, 4, 6, 3),
         'filters': 64,
         'block': 'bottleneck',

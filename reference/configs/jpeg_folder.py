@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
         'on_bad_image': 'skip',  # or stop
       },
       'model': {
+        'build': '',  # or my_models:make, a function of your own
         'stage_sizes': (1, 1, 1),
         'filters': 16,
         'block': 'basic',  # or bottleneck

@@ -11,8 +11,13 @@ def make_section() -> dict[str, dict[str, Any]]:
   return {
     # Of every method that attacks for a branch of its own: how much of a batch
     # is attacked, and towards what: a random wrong class, or away from the
-    # label. The reused gradient allows the second alone.
-    'conadv': {'adversarial_fraction': 1.0, 'targets': 'random'},
+    # label. The reused gradient allows the second alone. Norm layers that keep
+    # no batch statistics can be shared by all branches, and must be.
+    'conadv': {
+      'adversarial_fraction': 1.0,
+      'targets': 'random',
+      'shared_norm': False,
+    },
     # Foret et al., https://arxiv.org/abs/2010.01412.
     'sam': {'radius': 0.05},
     # Liu et al., https://arxiv.org/abs/2203.02714; the radius is SAM's.

@@ -23,7 +23,7 @@ _ITERATIONS = 10
 
 
 def make_growth(
-  model: models.ResNet,
+  model: models.Model,
   config: ml_collections.ConfigDict,
   source: sources.Source,
   place: Callable[[Any], step.Batch],

@@ -28,6 +28,8 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
     ValueError: naming the allowed values and the nearest.
   """
   for field, allowed in _CHOICES.items():
+    if field.startswith('model.') and config.model.get('build'):
+      continue
     given = config
     for name in field.split('.'):
       given = given[name]

@@ -16,7 +16,7 @@ Batch = dict[str, Any]
 
 
 def make_evaluation(
-  model: models.ResNet,
+  model: models.Model,
   config: ml_collections.ConfigDict,
   place: Callable[[Batch], dict[str, jax.Array]],
 ) -> Callable[[step.TrainState, Iterable[Batch]], dict[str, float]]:

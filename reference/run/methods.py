@@ -15,6 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
+from reference.command import Mistake
 from reference.run import models, objective
 
 Batch = objective.Batch
@@ -107,6 +108,26 @@ def compares_groups(config: ml_collections.ConfigDict) -> bool:
   return config.noise_scale or METHODS[config.method].gsnr
 
 
+def splits(config: ml_collections.ConfigDict, batch_stats: Any) -> bool:
+  """Whether each branch has norm layers of its own.
+
+  Raises:
+    Mistake: when each should, and the model's keep no statistics.
+  """
+  if not METHODS[config.method].branches or config.methods.conadv.shared_norm:
+    return False
+  if not jax.tree.leaves(batch_stats):
+    raise Mistake(
+      f'`{config.method}` gives the norm layers of each branch statistics of '
+      'their own, for which it needs BatchNorm. Given a model that keeps no '
+      f'`batch_stats`, {config.model.get("build")!r}. Its norm layers look at '
+      'one example alone, so all branches can share them: '
+      '`--config.methods.conadv.shared_norm=True`. Or take a method without '
+      'branches, `--config.method=vanilla`.'
+    )
+  return True
+
+
 def examples(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, int]:
   """How many examples each branch is trained on in a step."""
   method, count = METHODS[config.method], config.batch_size * copies(config)
@@ -149,7 +170,7 @@ def make_ball(
 
 
 def make_gradient(
-  model: models.ResNet, config: ml_collections.ConfigDict, mesh: Mesh
+  model: models.Model, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> conadv.GradientFunction:
   """The gradient of `config.method`, averaged over all groups of a mesh."""
   grad_fn = make_group_gradient(model, config)
@@ -184,7 +205,7 @@ def make_attacks(
 
 
 def make_group_gradient(
-  model: models.ResNet, config: ml_collections.ConfigDict
+  model: models.Model, config: ml_collections.ConfigDict
 ) -> conadv.GradientFunction:
   """The gradient on the batch of one group.
 
@@ -202,11 +223,12 @@ def make_group_gradient(
   if method.gradient == 'plain':
     [view] = method.images
     return conadv.plain(
-      lambda params, batch_stats, batch: loss_fn(
-        params, batch_stats, {**batch, 'image': batch[view]}
+      lambda params, batch_stats, batch, *, key: loss_fn(
+        params, batch_stats, {**batch, 'image': batch[view]}, key=key
       ),
       has_state=True,
       has_aux=True,
+      has_key=True,
     )
   if method.gradient == 'absa':
     epsilon, bounds = make_ball(config, numbers.absa.epsilon)
@@ -227,6 +249,7 @@ def make_group_gradient(
       attack_weight=numbers.fast_advprop.attack_weight,
       has_state=True,
       has_aux=True,
+      has_key=True,
     )
   pgd, fgsm = make_attacks(config, model.num_classes)
   arguments: dict[str, dict[str, Any]] = {
@@ -251,6 +274,7 @@ def make_group_gradient(
     adversarial_fraction=numbers.conadv.adversarial_fraction,
     has_state=True,
     has_aux=True,
+    has_key=True,
     **arguments[method.gradient],
   )
 
@@ -266,7 +290,7 @@ def _absa_gradient(
 
   It is where the batch's 'attacked' (B,), the same for all examples, is True.
   """
-  plain = conadv.plain(loss_fn, has_state=True, has_aux=True)
+  plain = conadv.plain(loss_fn, has_state=True, has_aux=True, has_key=True)
 
   def value_and_grad(
     params: Any,

@@ -8,14 +8,40 @@ References:
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 Layer = Callable[..., Any]
+
+
+class Model(Protocol):
+  """What a run asks of a model; a Linen module with `num_classes` has it.
+
+  Attributes:
+    num_classes: width of the logits.
+  """
+
+  @property
+  def num_classes(self) -> int:
+    """Width of the logits."""
+
+  def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> Any:
+    """The variables: 'params', and 'batch_stats' where there are."""
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    *,
+    train: bool,
+    mutable: Any = False,
+    rngs: Any = None,
+  ) -> Any:
+    """Logits (B, num_classes); and where something is mutable, the new."""
 
 
 class PlainBlock(nn.Module):

@@ -34,28 +34,35 @@ def normalize(
 
 
 def make_loss(
-  model: models.ResNet, config: ml_collections.ConfigDict
+  model: models.Model, config: ml_collections.ConfigDict
 ) -> Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]:
   """The loss of one branch, which knows of no other.
 
   Returns:
-    A function of `(params, batch_stats, batch)` and `branch`, what the loss is
-    for, that returns `(loss, (batch_stats, correct))`: float32 cross entropy
-    with smoothed labels, and the int32 count of right answers. For 'attack'
-    the labels are smoothed by `config.attack.label_smoothing`, or without that
-    field as for training.
+    A function of `(params, batch_stats, batch)`, the `key` of the model's own
+    randomness, and `branch`, what the loss is for. It returns `(loss,
+    (batch_stats, correct))`: float32 cross entropy with smoothed labels, and
+    the int32 count of right answers. For 'attack' the labels are smoothed by
+    `config.attack.label_smoothing`, or without that field as for training.
   """
   training = config.label_smoothing
   attack = config.attack.get('label_smoothing', training)
 
   def loss_fn(
-    params: Any, batch_stats: Any, batch: Batch, *, branch: str = 'main'
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    *,
+    key: jax.Array | None = None,
+    branch: str = 'main',
   ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     logits, updated = model.apply(
       {'params': params, 'batch_stats': batch_stats},
       normalize(batch['image'], config.data),
       train=True,
       mutable=['batch_stats'],
+      # In Flax what has no key of its name, as 'dropout', takes this one.
+      rngs=None if key is None else {'params': key},
     )
     labels = optax.smooth_labels(
       jax.nn.one_hot(batch['label'], logits.shape[-1]),
@@ -63,13 +70,13 @@ def make_loss(
     )
     loss = optax.softmax_cross_entropy(logits, labels).mean()
     correct = (logits.argmax(-1) == batch['label']).sum(dtype=jnp.int32)
-    return loss, (updated['batch_stats'], correct)
+    return loss, (updated.get('batch_stats', {}), correct)
 
   return loss_fn
 
 
 def make_evaluation_loss(
-  model: models.ResNet, config: ml_collections.ConfigDict
+  model: models.Model, config: ml_collections.ConfigDict
 ) -> Callable[[Any, Any, Batch], jax.Array]:
   """The loss with running statistics, as ABSA attacks and measures it.
 

@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(
-  model: models.ResNet,
+  model: models.Model,
   tx: optax.GradientTransformation,
   grad_fn: conadv.GradientFunction,
   config: ml_collections.ConfigDict,
@@ -61,9 +61,9 @@ def make_state(
     variables = model.init(
       model_key, jnp.zeros((1, size, size, channels)), train=False
     )
-    params, model_state = variables['params'], variables['batch_stats']
+    params, model_state = variables['params'], variables.get('batch_stats', {})
     method = methods.METHODS[config.method]
-    if method.branches:
+    if methods.splits(config, model_state):
       params, model_state = conadv.dual_bn.split(
         params, model_state, branches=method.branches
       )

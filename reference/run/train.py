@@ -26,6 +26,7 @@ from reference.run import (
   methods,
   metrics,
   models,
+  own_model,
   step,
 )
 
@@ -86,8 +87,10 @@ def describe_batch(
 
 def make_model(
   config: ml_collections.ConfigDict, *, num_classes: int
-) -> models.ResNet:
-  """The ResNet that `config.model` describes."""
+) -> models.Model:
+  """The model that `config.model` describes: the user's own, or a ResNet."""
+  if config.model.get('build'):
+    return own_model.build(config.model, num_classes)
   return models.ResNet(
     num_classes=num_classes,
     stage_sizes=tuple(config.model.stage_sizes),
@@ -167,7 +170,7 @@ def shardings(
 
 def describe_state(
   config: ml_collections.ConfigDict,
-  model: models.ResNet,
+  model: models.Model,
   tx: optax.GradientTransformation,
   grad_fn: conadv.GradientFunction,
   mesh: Mesh,
@@ -190,7 +193,7 @@ def describe_state(
 
 def make_state(
   config: ml_collections.ConfigDict,
-  model: models.ResNet,
+  model: models.Model,
   tx: optax.GradientTransformation,
   grad_fn: conadv.GradientFunction,
   mesh: Mesh,

@@ -30,7 +30,7 @@ _FLOOR = 1e-6
 
 def load(
   config: ml_collections.ConfigDict, workdir: Path
-) -> tuple[models.ResNet, Any, Any, step.Batch]:
+) -> tuple[models.Model, Any, Any, step.Batch]:
   """The model, its parameters and statistics, and a training batch.
 
   Raises:
@@ -64,7 +64,7 @@ def load(
 
 def analyse(
   config: ml_collections.ConfigDict,
-  model: models.ResNet,
+  model: models.Model,
   params: Any,
   batch_stats: Any,
   batch: step.Batch,

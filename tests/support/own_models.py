@@ -1,0 +1,95 @@
+"""Models as a user of the pipeline writes them, and what is no model."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import nnx
+
+
+class ViT(nn.Module):
+  """A transformer of one block on patches of 2 pixels."""
+
+  num_classes: int
+  width: int
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    x = nn.Conv(self.width, (2, 2), (2, 2))(images)
+    x = x.reshape(x.shape[0], -1, self.width)
+    x += self.param('position', nn.initializers.normal(), (1, *x.shape[1:]))
+    y = nn.LayerNorm()(x)
+    x += nn.MultiHeadDotProductAttention(2, use_bias=False)(y)
+    y = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x)))
+    x += nn.Dropout(0.3, deterministic=not train)(nn.Dense(self.width)(y))
+    return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=1))
+
+
+def vit(*, num_classes, width=8):
+  return ViT(num_classes, width)
+
+
+class Grouped(nnx.Module):
+  """Convolutions and GroupNorm, with a list of layers."""
+
+  def __init__(self, num_classes, *, norm, rngs):
+    self.convs = nnx.List(
+      [nnx.Conv(n, 4, (3, 3), (2, 2), rngs=rngs) for n in (1, 4)]
+    )
+    self.norm = norm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.3, rngs=rngs)
+    self.head = nnx.Linear(4, num_classes, rngs=rngs)
+
+  def __call__(self, x):
+    for conv in self.convs:
+      x = nnx.relu(conv(x))
+    return self.head(self.dropout(self.norm(x)).mean(axis=(1, 2)))
+
+
+def grouped(*, num_classes, rngs):
+  def norm(features, *, rngs):
+    return nnx.GroupNorm(features, num_groups=2, rngs=rngs)
+
+  return Grouped(num_classes, norm=norm, rngs=rngs)
+
+
+def batch_normed(*, num_classes, rngs):
+  return Grouped(num_classes, norm=nnx.BatchNorm, rngs=rngs)
+
+
+class Counting(nn.Module):
+  """It keeps what is neither a parameter nor a batch statistic."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    self.variable('counts', 'calls', jnp.zeros, ())
+    return nn.Dense(self.num_classes)(images.mean(axis=(1, 2)))
+
+
+def counting(*, num_classes):
+  return Counting(num_classes)
+
+
+def headless(*, num_classes):
+  del num_classes
+  return ViT(3, 8)
+
+
+def without_train(*, num_classes):
+  return nn.Dense(num_classes)
+
+
+def without_rngs(*, num_classes):
+  return Grouped(num_classes, norm=nnx.BatchNorm, rngs=nnx.Rngs(0))
+
+
+def no_nnx(*, num_classes, rngs):
+  del rngs
+  return ViT(num_classes, 8)
+
+
+def positional(classes):
+  return ViT(classes, 8)
+
+
+not_a_function = 3
