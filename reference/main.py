@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from reference.run import hosts, train
+from reference.run import agreement, hosts, train
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -17,6 +17,18 @@ _WORKDIR = flags.DEFINE_string(
   None,
   'The work folder: checkpoints, metrics and figure. A run resumes from what '
   'it holds. By default runs/NAME_METHOD, as the config has them.',
+)
+_EXTEND = flags.DEFINE_bool(
+  'extend',
+  False,
+  'Go on from the newest checkpoint with other epochs or another schedule.',
+)
+_ACCEPT = flags.DEFINE_multi_enum(
+  'accept',
+  [],
+  [agreement.DATA, agreement.DEVICES],
+  'Go on where the images, or the number of devices, are no longer those of '
+  'the checkpoint.',
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -62,7 +74,8 @@ def main(argv: list[str]) -> None:
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,
   )
-  train.train(config, Path(workdir))
+  accept = [*_ACCEPT.value, *([agreement.SCHEDULE] if _EXTEND.value else [])]
+  train.train(config, Path(workdir), accept=accept)
 
 
 if __name__ == '__main__':

@@ -28,6 +28,12 @@ Piece = tuple[list[Element], jpeg.Skipped]
 
 # At most so many rows of a batch are one task for a thread.
 _PIECE = 32
+_LEFT_TO_THE_RUN = (
+  signal.SIGINT,
+  signal.SIGTERM,
+  signal.SIGHUP,
+  signal.SIGUSR1,
+)
 # Arrays smaller than this reach the parent by a pipe, not by shared memory.
 _SMALL = 4096
 
@@ -129,6 +135,10 @@ class _Batches(grain.DatasetIterator):
 
   def __next__(self) -> Element:
     if self._pieces is None:
+      # A scheduler or a terminal sends them to all processes, and this one
+      # needs one more batch to stop at the end of a step. Workers inherit this
+      # from the thread that starts them, which is Grain's.
+      signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RUN)
       self._pieces = self._open_pieces(self._piece)
     rows: list[Element] = []
     while missing := self._batch_size - len(rows):
@@ -163,10 +173,6 @@ class _Batches(grain.DatasetIterator):
 def _start_worker(index: int, workers: int) -> None:
   """Leaves it to the parent when this worker ends."""
   del index, workers
-  # A scheduler sends them to all processes, and the parent needs one more batch
-  # to stop at the end of a step.
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent is not None
 

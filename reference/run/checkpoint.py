@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from reference.run import hosts, step
+from reference.run import agreement, hosts, step
 
 
 def fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -34,10 +34,12 @@ def fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def comparable(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """What a checkpoint's config must agree in: all but the fields of `run`.
 
-  And the number of processes, as each saves its own position in the data.
+  And the number of processes, as each saves its own position in the data, and
+  of devices, as each has batch statistics of its own.
   """
   return {
     'processes': jax.process_count(),
+    'devices': jax.device_count(),
     **{
       name: value
       for name, value in fields(config).items()
@@ -81,44 +83,83 @@ def _steps(workdir: Path) -> list[int]:
   return hosts.gather(steps)[0]
 
 
-def check_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
-  """Refuses a work folder of another config.
+def _json_items(workdir: Path, number: int) -> dict[str, Any]:
+  """How to read what a checkpoint says of its run.
 
-  Raises:
-    ValueError: when the newest checkpoint is of another config. Fields under
-      `run` may differ: they change how a run is watched, not what it learns.
+  Those of before say less.
+  """
+  folder = _folder(workdir) / str(number)
+  return {
+    name: ocp.args.JsonRestore()
+    for name in agreement.About._fields
+    if name == 'config' or (folder / name).is_dir()
+  }
+
+
+def _about(items: ocp.args.Composite) -> agreement.About:
+  return agreement.About(
+    items.config, items.get('dataset'), items.get('changes') or []
+  )
+
+
+def read_about(workdir: Path) -> tuple[int, agreement.About] | None:
+  """The step of the newest checkpoint, and what it says of its run.
+
+  Returns:
+    None where no checkpoint says anything.
   """
   steps = _steps(workdir)
   if not steps:
-    return
+    return None
   with open_reader(workdir) as reader:
-    for newest in steps:
-      try:
-        stored = reader.restore(
-          newest, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        ).config
-        break
-      except Exception:
-        # Damaged: `restore` says so.
-        continue
-    else:
-      return
-  given = comparable(config)
-  absent = 'nothing'
-  differences = [
-    f'  {name}: given {given.get(name, absent)!r}, stored '
-    f'{stored.get(name, absent)!r}'
-    for name in sorted(given.keys() | stored.keys())
-    if given.get(name, absent) != stored.get(name, absent)
-  ]
-  if differences:
-    raise ValueError(
-      'A work folder belongs to one config, and resumes its run. '
-      f'{workdir} holds step {newest} of another:\n'
-      + '\n'.join(differences)
-      + '\nLikely a field was changed and the folder was not: take another, '
-      f'`--workdir={workdir}_2`.'
-    )
+    for number in steps:
+      # What is damaged `restore` tells.
+      with contextlib.suppress(Exception):
+        items = _json_items(workdir, number)
+        return number, _about(
+          reader.restore(number, args=ocp.args.Composite(**items))
+        )
+  return None
+
+
+def check_config(
+  workdir: Path,
+  config: ml_collections.ConfigDict,
+  *,
+  accept: Collection[str] = (),
+) -> None:
+  """Refuses a work folder of another config.
+
+  Args:
+    workdir: of the run.
+    config: of the run. Fields under `run` may differ: they change how a run is
+      watched, not what it learns.
+    accept: which changes are on purpose; see `agreement`.
+
+  Raises:
+    Mistake: when the newest checkpoint is of another config.
+  """
+  newest = read_about(workdir)
+  if newest is not None:
+    agreement.check_config(workdir, *newest, comparable(config), accept)
+
+
+def check_dataset(
+  workdir: Path, dataset: dict[str, Any], *, accept: Collection[str] = ()
+) -> None:
+  """Refuses a work folder of other images.
+
+  Args:
+    workdir: of the run.
+    dataset: what `agreement.describe` says of the images.
+    accept: which changes are on purpose.
+
+  Raises:
+    Mistake: when the newest checkpoint was trained on others.
+  """
+  newest = read_about(workdir)
+  if newest is not None:
+    agreement.check_dataset(workdir, *newest, dataset, accept)
 
 
 def _set_aside(workdir: Path, number: int) -> Path:
@@ -147,7 +188,7 @@ def restore(
   state: step.TrainState,
   batches: grain.DatasetIterator,
   software: dict[str, str],
-) -> step.TrainState | None:
+) -> tuple[step.TrainState, agreement.About] | None:
   """The newest checkpoint that is whole; the iterator is set to its position.
 
   Newer ones that are damaged are moved to `workdir/damaged_checkpoints`, once
@@ -160,7 +201,8 @@ def restore(
     software: of this run; where it is not that of the checkpoint, it says so.
 
   Returns:
-    The state, or None where there is no checkpoint.
+    The state and what the checkpoint says of its run, or None where there is no
+    checkpoint.
 
   Raises:
     ValueError: when there are checkpoints and none can be read. They stay.
@@ -180,8 +222,10 @@ def restore(
           args=ocp.args.Composite(
             state=ocp.args.StandardRestore(target),
             data=grain.checkpoint.CheckpointRestore(batches),
+            **_json_items(workdir, number),
           ),
-        ).state
+        )
+        about = _about(restored)
         written_by = reader.metadata(number).custom_metadata
       except Exception as error:
         # Damage shows in many ways: in JSON, in arrays, in what is missing.
@@ -214,7 +258,7 @@ def restore(
         flush=True,
       )
   multihost_utils.sync_global_devices('damaged checkpoints are set aside')
-  return restored
+  return restored.state, about
 
 
 @contextlib.contextmanager
@@ -275,10 +319,10 @@ def save(
   manager: ocp.CheckpointManager,
   state: step.TrainState,
   batches: grain.DatasetIterator,
-  config: ml_collections.ConfigDict,
+  about: agreement.About,
   software: dict[str, str],
 ) -> None:
-  """Saves the state, the position in the data, the config and versions.
+  """Saves the state, the position in the data, what is said of it, versions.
 
   Files are written while the run goes on.
 
@@ -291,7 +335,10 @@ def save(
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=grain.checkpoint.CheckpointSave(batches),
-        config=ocp.args.JsonSave(comparable(config)),
+        **{
+          name: ocp.args.JsonSave(value)
+          for name, value in about._asdict().items()
+        },
       ),
       custom_metadata=software,
     )

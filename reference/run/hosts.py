@@ -1,27 +1,19 @@
-"""Many hosts, a process on each: their start, their checks and their stop."""
+"""Many hosts, a process on each: their start and their checks."""
 
 import collections
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import signal
-import threading
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-# A run that SIGTERM stopped is not complete: schedulers take 0 for that, and
-# start again what left with this, as every process that SIGTERM ends does.
-PREEMPTED = 128 + signal.SIGTERM
 
 _PACKAGES = (
   'jax',
@@ -229,24 +221,3 @@ def check_shared(folder: Path) -> None:
       'every host, `sudo mount ADDRESS:/runs /mnt/runs`, and take '
       '`--workdir=/mnt/runs/1`.'
     )
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-  """Turns SIGTERM into a stop at the end of a step, the same on all hosts.
-
-  Yields:
-    A function to call after every step with the number of steps done, which
-    says whether to stop there.
-  """
-  if jax.distributed.is_initialized():
-    # JAX took the signal when it connected the processes. A signal to one of
-    # them reaches all, and they stop at a step that none has passed yet.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  signalled = threading.Event()
-  previous = signal.signal(signal.SIGTERM, lambda *_: signalled.set())
-  try:
-    yield lambda done: signalled.is_set()
-  finally:
-    signal.signal(signal.SIGTERM, previous)

@@ -55,6 +55,7 @@ def run_steps(
   stop: Callable[[int], bool],
   record: metrics.Record,
   skipped: jpeg.Skipped,
+  changes: int,
   workdir: Path,
 ) -> int:
   """Takes the steps that are left, and records, evaluates and saves.
@@ -74,6 +75,8 @@ def run_steps(
     record: receives a row for every log, evaluation or checkpoint: the means
       over the steps since the row before.
     skipped: the unreadable training images of this process since its start.
+    changes: how many were accepted where the run resumed; a row says so from
+      the first on.
     workdir: named in the error when the loss is no longer finite.
 
   Returns:
@@ -127,6 +130,7 @@ def run_steps(
         **{name: x for name, x in window[-1].items() if name in _RUNNING},
         'images_per_second': len(window) * config.batch_size / seconds,
         'skipped_since_start': sum(hosts.gather(len(skipped))),
+        **({'changes': changes} if changes else {}),
       }
       bar.set_postfix_str(metrics.describe(row).partition(', ')[2])
       if evaluate_now:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import conadv_optax as conadv
 from reference.data import input_pipeline, jpeg, sources
 from reference.run import (
   absa,
+  agreement,
   checkpoint,
   checks,
   evaluation,
   hosts,
+  lock,
   loop,
   methods,
   metrics,
   models,
   own_model,
   step,
+  stopping,
 )
 
 
@@ -251,22 +254,30 @@ def report(
   )
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  *,
+  accept: Collection[str] = (),
+) -> metrics.Row:
   """Trains, from the newest checkpoint in the work folder if there is one.
 
   Args:
     config: of the run; see `reference/configs`.
     workdir: receives checkpoints, metrics and the figure.
+    accept: what may be another than in the checkpoint, as it is on purpose:
+      'schedule', 'devices', 'data'.
 
   Returns:
     The last row of the metrics: held-out accuracy and all else by name.
 
   Raises:
-    ValueError: for a config that cannot run, or a work folder of another.
+    ValueError: for a config that cannot run, or a work folder of another, or
+      where another run is.
     FloatingPointError: when a loss or a norm is no longer finite.
     OSError: when a checkpoint cannot be written.
-    SystemExit: with status `hosts.PREEMPTED` after SIGTERM, once the step under
-      way is done and saved.
+    SystemExit: with status 128 plus the number of the signal that stopped the
+      run, once the step under way is done and saved.
   """
   # Now, as files may change while the run goes on.
   software = hosts.software()
@@ -284,16 +295,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
   held_out_skipped: jpeg.Skipped = {}
   with contextlib.ExitStack() as stack:
     hosts.check_shared(workdir)
-    checkpoint.check_config(workdir, config)
+    held = stack.enter_context(lock.hold(workdir))
+    stop = stack.enter_context(stopping.watch(held.release))
+    checkpoint.check_config(workdir, config, accept=accept)
     source = sources.open_source(config.data)
     checks.check_classes(config, source.num_classes)
-    hosts.check_alike(
-      {
-        'training images': len(source.train),
-        'held-out images': len(source.held_out),
-        'classes': source.num_classes,
-      }
-    )
+    dataset = agreement.describe(source)
+    hosts.check_alike({**dataset, 'classes': source.num_classes})
+    checkpoint.check_dataset(workdir, dataset, accept=accept)
     part: dict[str, int] = {
       'host': jax.process_index(),
       'hosts': jax.process_count(),
@@ -312,11 +321,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
     grad_fn = methods.make_gradient(model, config, mesh)
     # Of a run that resumes, one state is in memory, not two.
     described = describe_state(config, model, tx, grad_fn, mesh)
-    state = checkpoint.restore(workdir, described, batches, software)
-    if state is None:
+    restored = checkpoint.restore(workdir, described, batches, software)
+    about = agreement.About(checkpoint.comparable(config), dataset, [])
+    if restored is None:
       first = [place(next(batches)) for _ in range(grad_fn.staleness)]
       state = make_state(config, model, tx, grad_fn, mesh, first, described)
       del first
+    else:
+      state, stored = restored
+      about = agreement.go_on(stored, about, int(state.step))
+      del restored
     done = int(state.step)
     manager = stack.enter_context(
       checkpoint.open_manager(workdir, keep=config.run.keep)
@@ -328,6 +342,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
         f'classes; batches of {config.batch_size} on {mesh.size} '
         f'{jax.default_backend()} device(s), {config.accumulate} '
         f'micro-batch(es) each; {done} of {steps} steps done.',
+        *agreement.lines(about),
+        sep='\n',
         flush=True,
       )
 
@@ -357,32 +373,39 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> metrics.Row:
 
     if done < steps:
       train_step = make_step(config, tx, schedule, grad_fn, state, mesh)
-      with hosts.preemption() as stop:
-        done = loop.run_steps(
-          config,
-          state,
-          steps=steps,
-          train_step=train_step,
-          next_batch=lambda: place(next(batches)),
-          evaluation=evaluate,
-          after_step=after_step,
-          save=lambda state: checkpoint.save(
-            manager, state, batches, config, software
-          ),
-          stop=stop,
-          record=record,
-          skipped=skipped,
-          workdir=workdir,
-        )
-        if done < steps:
-          checkpoint.finish(manager)
-          if hosts.is_first():
-            print(
-              f'Stopped by SIGTERM after step {done} of {steps}. It is saved '
-              f'in {workdir}/checkpoints; the same command resumes from there.',
-              flush=True,
-            )
-          raise SystemExit(hosts.PREEMPTED)
+
+      def save(state: step.TrainState) -> None:
+        if hosts.is_first():
+          held.check()
+        checkpoint.save(manager, state, batches, about, software)
+
+      stop.saves = True
+      done = loop.run_steps(
+        config,
+        state,
+        steps=steps,
+        train_step=train_step,
+        next_batch=lambda: place(next(batches)),
+        evaluation=evaluate,
+        after_step=after_step,
+        save=save,
+        stop=stop.reached,
+        record=record,
+        skipped=skipped,
+        changes=len(about.changes),
+        workdir=workdir,
+      )
+      if done < steps:
+        checkpoint.finish(manager)
+        number = stop.by()
+        if hosts.is_first():
+          print(
+            f'Stopped by {number.name} after step {done} of {steps}. It is '
+            f'saved in {workdir}/checkpoints; the same command resumes from '
+            'there.',
+            flush=True,
+          )
+        raise SystemExit(128 + number)
     else:
       if hosts.is_first():
         print('The run is complete: it is only evaluated.')

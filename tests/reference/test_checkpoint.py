@@ -151,12 +151,13 @@ def test_a_damaged_checkpoint_is_passed_over(damage, workdir, targets, capsys):
   state, batches = targets
   DAMAGE[damage](workdir / 'checkpoints' / '6')
   before = hashes(workdir / 'checkpoints' / '6')
-  restored = checkpoint.restore(workdir, state, batches, SOFTWARE)
+  restored, about = checkpoint.restore(workdir, state, batches, SOFTWARE)
   expected_state, expected_position = saved(workdir, 4)
   assert_equal(
     conadv.dual_bn.main(restored.params), expected_state['params']['main']
   )
   assert int(restored.step) == 4
+  assert about.dataset['images'] == 1437
   position = json.loads(json.dumps(batches.get_state()))
   assert position == json.loads(expected_position)
   assert steps_saved(workdir) == [2, 4]

@@ -409,13 +409,3 @@ def test_a_process_alone_on_its_host_sees_every_gpu_under_slurm(
   assert state.process_id == 1
   assert state.num_processes == int(os.environ['SLURM_NTASKS'])
   assert updates['jax_cuda_visible_devices'] == visible
-
-
-def test_the_signal_is_caught_while_it_matters_alone():
-  before = signal.getsignal(signal.SIGTERM)
-  with hosts.preemption() as stop:
-    assert not stop(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop(2)
-    assert stop(3)
-  assert signal.getsignal(signal.SIGTERM) is before
