@@ -37,6 +37,7 @@ from conadv_optax.optimizers.adaptive_multi_steps import (
   AdaptiveMultiStepsState,
   adaptive_multi_steps,
 )
+from conadv_optax.optimizers.agvm import AgvmState, agvm
 from conadv_optax.optimizers.gsnr import scale_by_gsnr
 from conadv_optax.optimizers.lars import LarsState, lars
 from conadv_optax.optimizers.masks import exclude_norm_and_bias
@@ -55,6 +56,7 @@ __version__ = '0.1.0'
 __all__ = [
   'AbsaState',
   'AdaptiveMultiStepsState',
+  'AgvmState',
   'Attack',
   'BatchController',
   'ConAdvAux',
@@ -77,6 +79,7 @@ __all__ = [
   'accumulate',
   'adaptive_multi_steps',
   'added_leaf',
+  'agvm',
   'batch_augment',
   'concurrent',
   'data_parallel',

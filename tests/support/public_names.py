@@ -123,6 +123,14 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     'default': {'max_micro_batches': 8},
     'plain': {'max_micro_batches': 8, 'shrink': None, 'patience': None},
   },
+  'agvm': {
+    'default': {
+      'optimizer': optax.sgd(0.1),
+      'groups': 2,
+      'anchor': 'dense',
+      'every': 1,
+    }
+  },
   'adaptive_multi_steps': {'sgd': {'optimizer': optax.sgd(0.1)}},
   'concurrent': {
     f'{form}-{axis_type.name.lower()}': {
@@ -350,9 +358,8 @@ def kind(function: Callable[..., Any]) -> str:
   }.get(returned, 'helper')
 
 
-def descent(scaling: Any) -> Any:
-  """An optimizer of it, with a made-up second moment of variance `abs(g)`."""
-  tx = optax.chain(scaling, optax.sgd(0.1))
+def with_moment(tx: Any) -> Any:
+  """An optimizer that is given a second moment of variance `abs(g)`."""
 
   def update(updates, state, params=None, **extra_args):
     def moment(g):
@@ -380,7 +387,11 @@ class Case(NamedTuple):
       taken = inspect.signature(self.function).parameters
       overrides = {k: v for k, v in overrides.items() if k in taken}
       made = self.function(**{**self.arguments, **overrides})
-      return descent(made) if kind(self.function) == 'scaling' else made
+      if kind(self.function) == 'scaling':
+        made = optax.chain(made, optax.sgd(0.1))
+      takes_moment = '`second_moment=`' in (self.function.__doc__ or '')
+      is_step = isinstance(made, optax.GradientTransformation)
+      return with_moment(made) if is_step and takes_moment else made
     inner = conadv.wrap(**{**self.arguments['grad_fn'], **overrides})
     return self.function(**{**self.arguments, 'grad_fn': inner})
 
