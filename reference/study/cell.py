@@ -26,6 +26,7 @@ from reference.run import (
   step,
   train,
 )
+from reference.tools import predictions
 
 # Fields that a compiled step takes as numbers: cells that differ in these and
 # in the seed share it.
@@ -78,7 +79,7 @@ class Measures(NamedTuple):
 
   Attributes:
     evaluate: `(state, batches)` to the accuracy, as the main job counts it.
-    attack: `(params, batch_stats, batch)` to the batch after PGD-20.
+    attack: `(params, batch_stats, batch, key)` to the batch after PGD-20.
     top_eigenvalue: `(params, batch_stats, batch)` to that of the Hessian.
   """
 
@@ -267,19 +268,8 @@ def make_measures(
   """The measures of a study."""
   model = train.make_model(config, num_classes=num_classes)
   loss_fn = objective.make_evaluation_loss(model, config)
-  epsilon, bounds = methods.make_ball(config, config.study.robust_epsilon / 255)
-  pgd = conadv.pgd(epsilon, steps=20, bounds=bounds)
-
-  @jax.jit
-  def attack(params: Any, batch_stats: Any, batch: step.Batch) -> step.Batch:
-    return conadv.perturb(
-      lambda params, batch: loss_fn(params, batch_stats, batch),
-      params,
-      batch,
-      attack=pgd,
-      inputs=methods.make_inputs(config),
-      key=jax.random.key(0),
-    )
+  adversary = predictions.Adversary(config.study.robust_epsilon / 255, 20)
+  attack = jax.jit(predictions.attack(config, model, adversary))
 
   @jax.jit
   def top_eigenvalue(
@@ -394,7 +384,8 @@ def _measure(
   if count := config.study.robust_images:
     part = Split(*(array[:count] for array in data.test))
     batches = jax.device_put(batches_of(part), place)
-    attacked = [measures.attack(params, batch_stats, x) for x in batches]
+    key = jax.random.key(0)
+    attacked = [measures.attack(params, batch_stats, x, key) for x in batches]
     result = measures.evaluate(state, attacked)
     row['robust_accuracy'] = result['held_out_accuracy']
     row['robust_images'] = result['held_out_images']

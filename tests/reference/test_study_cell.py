@@ -136,7 +136,7 @@ def test_no_split_sees_the_images_of_another(monkeypatch, one_device):
       'held_out_images': 20,
     }
 
-  def attack(params, batch_stats, batch):
+  def attack(params, batch_stats, batch, key):
     look_at([batch])
     return batch
 
