@@ -1,4 +1,4 @@
-"""Turns JPEGs into shards: `python -m reference.prepare_data`.
+"""Turns images into shards: `python -m reference.prepare_data`.
 
 First it prints how many images each class has, then every image is decoded, so
 that damage is known before anything is written; then the shards are written one
@@ -9,13 +9,15 @@ from pathlib import Path
 
 from absl import app, flags
 
+from reference.command import Mistake
 from reference.data import image_files, preparation
 
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
   'The folder that holds train/CLASS/*.jpg and val/ or test/ of the same form, '
-  f'or {image_files.TRAIN_TAR} and {image_files.HELD_OUT_TAR}.',
+  f'or {image_files.TRAIN_TAR} and {image_files.HELD_OUT_TAR}; other forms are '
+  'in the README.',
   required=True,
 )
 _TARGET = flags.DEFINE_string(
@@ -24,14 +26,27 @@ _TARGET = flags.DEFINE_string(
 _HELD_OUT_LABELS = flags.DEFINE_string(
   'held_out_labels',
   None,
-  'With tar files: the class of each held-out image, a line each, the images '
-  'sorted by name.',
+  'For held-out images that are not in class folders: a file with the class of '
+  'each, the images sorted by name, or a table of names and classes.',
 )
 _ON_BAD_IMAGE = flags.DEFINE_enum(
   'on_bad_image',
   'stop',
   ['stop', 'skip'],
   'Whether to stop, once all unreadable images are known, or leave them out.',
+)
+_SHORT_SIDE = flags.DEFINE_integer(
+  'short_side',
+  None,
+  'Writes larger images with so many pixels on their shorter side.',
+  lower_bound=1,
+)
+_QUALITY = flags.DEFINE_integer(
+  'quality',
+  92,
+  'Of the JPEGs that these become.',
+  lower_bound=1,
+  upper_bound=100,
 )
 
 
@@ -42,13 +57,21 @@ def main(argv: list[str]) -> None:
       f'Everything is a flag; given {argv[1:]}. Likely the dashes are missing: '
       '`--source=/path/to/images`.'
     )
-  labels = _HELD_OUT_LABELS.value
+  labels, short_side = _HELD_OUT_LABELS.value, _SHORT_SIDE.value
   try:
+    if _QUALITY.present and _SHORT_SIDE.value is None:
+      raise Mistake(
+        'Images that are not made smaller are kept as they are. Given '
+        f'`--quality={_QUALITY.value}` alone. Add `--short_side=288`.'
+      )
     manifest = preparation.prepare(
-      Path(_SOURCE.value),
-      Path(_TARGET.value),
-      held_out_labels=None if labels is None else Path(labels),
+      Path(_SOURCE.value).expanduser(),
+      Path(_TARGET.value).expanduser(),
+      held_out_labels=Path(labels).expanduser() if labels else None,
       on_bad_image=_ON_BAD_IMAGE.value,
+      smaller=(
+        preparation.Smaller(short_side, _QUALITY.value) if short_side else None
+      ),
     )
   except KeyboardInterrupt:
     raise SystemExit('Stopped. The same command goes on from here.') from None

@@ -1,21 +1,33 @@
-"""From JPEGs to shards: all are decoded first, then written, one by one."""
+"""From images to shards: all are decoded first, then written, one by one."""
 
-import collections
+import contextlib
 import fcntl
+import functools
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent import futures
-from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import tqdm
 
-from reference.data import image_files, jpeg, shards, sources
+from reference.command import Mistake
+from reference.data import (
+  image_files,
+  inspection,
+  jpeg,
+  layouts,
+  shards,
+  sources,
+)
 
 # About 450 MB of ImageNet: what a kill can cost, and 313 files.
 _IMAGES_PER_SHARD = 4096
+# So many wait for the writer.
+_AT_ONCE = 64
 # What ArrayRecord adds to an image, generously; measured: 2.3 KB.
 _OVERHEAD = 4096
 _SHOWN = 20
@@ -23,7 +35,7 @@ _SHOWN = 20
 Images = Sequence[image_files.ImageFile]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
   """Keeps other processes out, until this one ends, however it ends."""
   folder = os.open(target, os.O_RDONLY)
@@ -31,7 +43,7 @@ def _alone(target: Path) -> Iterator[None]:
     try:
       fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise ValueError(
+      raise Mistake(
         f'One process prepares a folder. Another is at work on {target}. Wait '
         'for it, or take another folder: `--target=/path/to/another`.'
       ) from error
@@ -40,61 +52,35 @@ def _alone(target: Path) -> Iterator[None]:
     os.close(folder)
 
 
-def _reason(image: image_files.ImageFile) -> str | None:
-  """Why an image cannot be decoded, None where it can."""
-  try:
-    jpeg.decode(image_files.read(image), image.name)
-  except jpeg.BadImageError as error:
-    return error.reason
-  return None
+class Smaller(NamedTuple):
+  """How images are made smaller.
 
+  Attributes:
+    short_side: of those whose shorter side has more pixels.
+    quality: of the JPEGs that these become, 1 to 100.
+  """
 
-def describe(listing: image_files.Listing) -> str:
-  """Counts in words, in which a class that is cut short can be seen."""
-  lines = [f'{len(listing.classes)} classes.']
-  for split in shards.SPLITS:
-    counts = collections.Counter(x.label for x in getattr(listing, split))
-    (least, few), (most, many) = (
-      (listing.classes[label], counts[label])
-      for label in (
-        min(counts, key=counts.__getitem__),
-        max(counts, key=counts.__getitem__),
-      )
-    )
-    lines.append(
-      f'{split}: {counts.total():,} images, {few:,} ({least}) to {many:,} '
-      f'({most}) a class.'
-    )
-  return '\n'.join(lines)
+  short_side: int
+  quality: int
 
-
-def find_unreadable(images: Images) -> dict[str, str]:
-  """Decodes every image; names the damaged ones, with the reason."""
-  unreadable = {}
-  with (
-    futures.ThreadPoolExecutor(os.cpu_count()) as threads,
-    tqdm.tqdm(total=len(images), desc='check', unit='img') as bar,
-  ):
-    # In parts, as each image that waits for a thread takes memory.
-    for start in range(0, len(images), _IMAGES_PER_SHARD):
-      part = images[start : start + _IMAGES_PER_SHARD]
-      for image, reason in zip(part, threads.map(_reason, part), strict=True):
-        if reason is not None:
-          unreadable[image.name] = reason
-        bar.update()
-  return unreadable
+  def __str__(self) -> str:
+    return f'short side {self.short_side}, quality {self.quality}'
 
 
 def _plan(
-  listing: image_files.Listing, *, on_bad_image: str, images_per_shard: int
+  listing: image_files.Listing,
+  *,
+  on_bad_image: str,
+  images_per_shard: int,
+  encoding: str,
 ) -> shards.Manifest:
   """Checks all images and divides the readable ones into shards."""
-  unreadable = find_unreadable([*listing.train, *listing.held_out])
+  unreadable = inspection.find_unreadable([*listing.train, *listing.held_out])
   if unreadable and on_bad_image == 'stop':
     named = [f'  {name}: {reason}' for name, reason in unreadable.items()]
     more = len(named) - _SHOWN
-    raise ValueError(
-      f'Images must be whole JPEGs. {len(unreadable)} of '
+    raise Mistake(
+      f'Images must be whole. {len(unreadable)} of '
       f'{len(listing.train) + len(listing.held_out)} are not:\n'
       + '\n'.join(named[:_SHOWN])
       + (f'\n  and {more} more' if more > 0 else '')
@@ -106,24 +92,27 @@ def _plan(
   for split, images in zip(shards.SPLITS, readable, strict=True):
     total = len(images)
     if total == 0:
-      raise ValueError(
+      raise Mistake(
         f'Both splits must have a readable image. {split!r} has none; the last '
         f'reason: {list(unreadable.values())[-1]}. Likely the files are no '
-        'JPEGs: `file /path/to/one.jpg`.'
+        'images: `file /path/to/one.jpg`.'
       )
     counts[split] = [
       min(images_per_shard, total - start)
       for start in range(0, total, images_per_shard)
     ]
-  named = [
+  files = [
     [(Path(x.name).name, x.label) for x in images] for images in readable
   ]
+  # Other pixels under the same names are another set of images.
+  names = [*listing.classes, encoding] if encoding else listing.classes
   return shards.Manifest(
     image_files.digest(listing),
     listing.classes,
     counts,
     unreadable,
-    sources.fingerprint(listing.classes, *named),
+    sources.fingerprint(names, *files),
+    encoding,
   )
 
 
@@ -139,24 +128,29 @@ def _check_target(target: Path) -> None:
   """Refuses a folder without manifest that holds something."""
   # A kill while the manifest is written leaves it unfinished.
   found = sorted(
-    name for name in os.listdir(target) if not name.endswith('.unfinished')
+    name
+    for name in os.listdir(target)
+    if not (name.endswith('.unfinished') or layouts.is_hidden(name))
   )
   if found:
-    raise ValueError(
+    raise Mistake(
       'Shards must go to a new or empty folder, or to one where they were '
       f'begun. {target} holds {found[0]!r} and no manifest. Likely the path is '
       f'wrong: `--target={target}/shards`.'
     )
 
 
-def _check_space(target: Path, images: Images) -> None:
-  needed = sum(image.size + _OVERHEAD for image in images)
+def _check_space(target: Path, images: Images, smaller: Smaller | None) -> None:
+  # A byte for each pixel of a square, twice of what a smaller JPEG takes.
+  most = smaller.short_side**2 if smaller else math.inf
+  needed = sum(min(image.size, most) + _OVERHEAD for image in images)
   free = shutil.disk_usage(target).free
   if needed > free:
-    raise ValueError(
+    raise Mistake(
       f'The shards must fit on the disk. {needed / 1e6:,.0f} MB are needed and '
-      f'{free / 1e6:,.0f} MB are free at {target}. Free some, or take another '
-      'disk: `--target=/other/disk/shards`.'
+      f'{free / 1e6:,.0f} MB are free at {target}. Free some, take another '
+      'disk, `--target=/other/disk/shards`, or smaller images, '
+      '`--short_side=288`.'
     )
 
 
@@ -175,16 +169,38 @@ def _find_missing(
   return missing
 
 
-def _write(missing: dict[Path, Images], *, total: int) -> None:
+def _record(image: image_files.ImageFile, smaller: Smaller | None) -> bytes:
+  """What a shard holds of an image."""
+  try:
+    data = image_files.read(image)
+    if smaller:
+      data = jpeg.shrink(data, image.name, **smaller._asdict())
+  except jpeg.BadImageError as error:
+    raise Mistake(
+      'Images must stay as they are until all are prepared. '
+      f'{image.name}: {error.reason}. Likely it was moved or is still being '
+      f'copied: `ls -l {image.path}`, and run the same command again.'
+    ) from error
+  return shards.pack(data, image.label)
+
+
+def _write(
+  missing: dict[Path, Images], *, total: int, smaller: Smaller | None
+) -> None:
   left = sum(map(len, missing.values()))
-  with tqdm.tqdm(
-    total=total, initial=total - left, desc='write', unit='img'
-  ) as bar:
+  make = functools.partial(_record, smaller=smaller)
+  with (
+    futures.ThreadPoolExecutor(os.cpu_count()) as threads,
+    tqdm.tqdm(
+      total=total, initial=total - left, desc='write', unit='img'
+    ) as bar,
+  ):
 
     def records(images: Images) -> Iterator[bytes]:
-      for image in images:
-        yield shards.pack(image_files.read(image), image.label)
-        bar.update()
+      for start in range(0, len(images), _AT_ONCE):
+        for record in threads.map(make, images[start : start + _AT_ONCE]):
+          yield record
+          bar.update()
 
     for path, images in missing.items():
       shards.write_shard(path, records(images))
@@ -196,6 +212,7 @@ def prepare(
   *,
   held_out_labels: Path | None = None,
   on_bad_image: str = 'stop',
+  smaller: Smaller | None = None,
   images_per_shard: int = _IMAGES_PER_SHARD,
 ) -> shards.Manifest:
   """Writes the shards that are not there yet.
@@ -203,34 +220,48 @@ def prepare(
   Args:
     source: as `image_files.list_images` takes it.
     target: a new or empty folder, or one that a stopped run left.
-    held_out_labels: for tar files.
+    held_out_labels: for images without class folders, and tar files.
     on_bad_image: 'stop' refuses unreadable images, 'skip' leaves them out.
+    smaller: None keeps the images as they are.
     images_per_shard: of all but the last shard of a split.
 
   Raises:
-    ValueError: for images or a target that are not as they must be, before
+    Mistake: for images or a target that are not as they must be, before
       anything is written.
     OSError: when the disk is full; the finished shards stay.
   """
   listing = image_files.list_images(source, held_out_labels)
-  print(describe(listing), flush=True)
+  print(inspection.describe(listing), flush=True)
+  encoding = str(smaller or '')
   target.mkdir(parents=True, exist_ok=True)
   with _alone(target):
     manifest = shards.read_manifest(target)
     if manifest is None:
       _check_target(target)
-      _check_space(target, [*listing.train, *listing.held_out])
+      _check_space(target, [*listing.train, *listing.held_out], smaller)
       manifest = _plan(
-        listing, on_bad_image=on_bad_image, images_per_shard=images_per_shard
+        listing,
+        on_bad_image=on_bad_image,
+        images_per_shard=images_per_shard,
+        encoding=encoding,
       )
       shards.write_manifest(target, manifest)
     elif manifest.digest != image_files.digest(listing):
-      raise ValueError(
+      raise Mistake(
         f'A folder of shards belongs to one set of images. {target} was begun '
         f'from others than {source} holds now. Likely images were added or '
         f'removed since: take another folder, `--target={target}_2`.'
       )
+    elif manifest.encoding != encoding:
+      raise Mistake(
+        'A folder of shards holds images that were made smaller in one way. '
+        f'{target} was begun with {manifest.encoding or "none"}, and given is '
+        f'{encoding or "none"}. Take the same `--short_side` and `--quality`, '
+        f'or another folder, `--target={target}_2`.'
+      )
     missing = _find_missing(target, listing, manifest)
-    _check_space(target, list(itertools.chain(*missing.values())))
-    _write(missing, total=sum(map(sum, manifest.counts.values())))
+    _check_space(target, list(itertools.chain(*missing.values())), smaller)
+    _write(
+      missing, total=sum(map(sum, manifest.counts.values())), smaller=smaller
+    )
   return manifest

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from array_record.python import array_record_module
 
+from reference.command import Mistake
+
 SPLITS = ('train', 'held_out')
 _MANIFEST = 'manifest.json'
 # One image a group, for random access; JPEGs cannot be compressed further.
@@ -31,6 +33,7 @@ class Manifest(NamedTuple):
     counts: the number of images in each shard, by split.
     skipped: the unreadable images that are left out, with the reason.
     fingerprint: of the images that are not, as `sources.fingerprint` makes it.
+    encoding: how they were made smaller, '' where they are as they were.
   """
 
   digest: str
@@ -38,6 +41,7 @@ class Manifest(NamedTuple):
   counts: dict[str, list[int]]
   skipped: dict[str, str]
   fingerprint: str = ''
+  encoding: str = ''
 
 
 def pack(data: bytes, label: int) -> bytes:
@@ -103,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest | None:
   """The manifest of a folder, None where there is none.
 
   Raises:
-    ValueError: for a damaged one.
+    Mistake: for a damaged one.
   """
   path = folder / _MANIFEST
   try:
@@ -111,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest | None:
   except FileNotFoundError:
     return None
   except (TypeError, ValueError) as error:
-    raise ValueError(
+    raise Mistake(
       f'A manifest must be as prepare_data wrote it. {path} is not: {error}. '
       'Likely a copy broke off: copy the folder again, or prepare another, '
       f'`--target={folder}_2`.'

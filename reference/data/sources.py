@@ -16,15 +16,24 @@ from typing import Any, NamedTuple
 import grain
 import ml_collections
 import numpy as np
+from absl import logging
 from sklearn import datasets, model_selection
 
-from reference.data import jpeg, shards
+from reference.command import Mistake
+from reference.data import jpeg, layouts, named, shards
 
-EXTENSIONS = ('.jpg', '.jpeg')
 _DIGITS_HELD_OUT = 360
 # The file names of MNIST and of what takes its place.
 _IDX_SPLITS = ('train', 't10k')
 _IDX_IMAGES, _IDX_LABELS = 'images-idx3-ubyte.gz', 'labels-idx1-ubyte.gz'
+
+
+def read_pair(record: tuple[Any, int]) -> tuple[np.ndarray, int]:
+  """Reads a record that is an array, or an encoded image, and its label."""
+  image, label = record
+  if isinstance(image, bytes):
+    image = jpeg.decode(image, f'image with CRC {zlib.crc32(image):08x}')
+  return image, label
 
 
 class Source(NamedTuple):
@@ -33,17 +42,18 @@ class Source(NamedTuple):
   Attributes:
     train: records of the training images, of any form.
     held_out: records of the images that training never sees.
-    read: takes a record to `(image, label)`, uint8 (H, W, C) and int; raises
-      `jpeg.BadImageError`. Called from several threads.
     classes: a label is a place among these names.
+    read: takes a record to `(image, label)`, uint8 (H, W, C) and int; raises
+      `jpeg.BadImageError`. Called from several threads and processes. That of
+      records that are such pairs need not be given.
     fingerprint: the same for the same images wherever they lie, and another one
       where a class or an image is another; see `fingerprint`.
   """
 
   train: Sequence[Any]
   held_out: Sequence[Any]
-  read: Callable[[Any], tuple[np.ndarray, int]]
   classes: tuple[str, ...]
+  read: Callable[[Any], tuple[np.ndarray, int]] = read_pair
   fingerprint: str = ''
 
   @property
@@ -84,16 +94,12 @@ def _in_memory(
 ) -> Source:
   """Images that have a place in place of a name, and a number for a class."""
   classes = tuple(map(str, range(1 + max(label for _, label in train))))
-  named = [
+  names = [
     [(str(place), label) for place, (_, label) in enumerate(split)]
     for split in (train, held_out)
   ]
   return Source(
-    train,
-    held_out,
-    lambda record: record,
-    classes,
-    fingerprint(classes, *named),
+    train, held_out, classes, fingerprint=fingerprint(classes, *names)
   )
 
 
@@ -127,10 +133,10 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
     magic, *shape = np.frombuffer(data[:header], '>i4').tolist()
     if magic == 0x0800 + axes and len(data) - header == math.prod(shape):
       return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-  raise ValueError(
+  raise Mistake(
     f'A gzipped idx file of uint8 with {axes} axes must hold what its header '
-    f'says. Given {path}, which does not. Likely its copy broke off: `rm '
-    f'{path}`, and copy it again.'
+    f'says. Given {path}, which does not. Likely its copy broke off: copy it '
+    'again.'
   )
 
 
@@ -138,7 +144,7 @@ def idx_folder(folder: str) -> Source:
   """Grey images in the four gzipped idx files of MNIST and Fashion-MNIST.
 
   Raises:
-    ValueError: when a file is not there or is damaged.
+    Mistake: when a file is not there or is damaged.
   """
   names = [
     f'{split}-{kind}'
@@ -147,7 +153,7 @@ def idx_folder(folder: str) -> Source:
   ]
   missing = [name for name in names if not (Path(folder) / name).exists()]
   if missing:
-    raise ValueError(
+    raise Mistake(
       f'A folder of idx files must hold {", ".join(names)}. Given {folder!r}, '
       f'in which {", ".join(missing)} is missing. For Fashion-MNIST on Debian: '
       '`apt-get install dataset-fashion-mnist`; elsewhere '
@@ -163,82 +169,44 @@ def idx_folder(folder: str) -> Source:
   return _in_memory(*map(records, _IDX_SPLITS))
 
 
-def _folders(folder: str) -> list[str]:
-  with os.scandir(folder) as entries:
-    return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _split_records(folder: str, classes: list[str]) -> list[tuple[str, int]]:
-  records = []
-  for label, name in enumerate(classes):
-    class_folder = os.path.join(folder, name)
-    files = sorted(
-      file
-      for file in os.listdir(class_folder)
-      if file.lower().endswith(EXTENSIONS)
-    )
-    if not files:
-      raise ValueError(
-        'Every class folder must hold at least one .jpg or .jpeg file. Given '
-        f'{class_folder}, which holds none. Likely the unpacking broke off, or '
-        f'the folder is no class: `rm -r {class_folder}`.'
-      )
-    records += [(os.path.join(class_folder, file), label) for file in files]
-  return records
-
-
 def _read_file(record: tuple[str, int]) -> tuple[np.ndarray, int]:
   path, label = record
-  with open(path, 'rb', buffering=0) as file:
-    return jpeg.decode(file.read(), path), label
+  return jpeg.decode(jpeg.read_file(path), path), label
+
+
+def _of_files(found: layouts.Layout) -> Source:
+  """Records are `(path, label)`. What is not read is logged."""
+  for note in layouts.notes(found.left_out):
+    logging.warning('%s', note)
+  names = [
+    [(os.path.basename(path), label) for path, label in split]
+    for split in (found.train, found.held_out)
+  ]
+  return Source(
+    found.train,
+    found.held_out,
+    tuple(found.classes),
+    _read_file,
+    fingerprint(found.classes, *names),
+  )
 
 
 def jpeg_folder(folder: str) -> Source:
-  """JPEGs as `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `test/`).
-
-  A class's label is its place among the sorted folder names. Records are
-  `(path, label)`.
+  """A folder of images in a form that `layouts` knows.
 
   Raises:
-    ValueError: when the folders are not of that form, the two splits name
-      different classes, or a class holds no image.
+    Mistake: when the folder is of no such form.
   """
-  train = os.path.join(folder, 'train')
-  held_outs = [os.path.join(folder, name) for name in ('val', 'test')]
-  found = [path for path in held_outs if os.path.isdir(path)]
-  if not os.path.isdir(train) or not found:
-    raise ValueError(
-      'A folder of JPEGs must hold train/CLASS/*.jpg, and val/ or test/ of the '
-      f'same form. Given {folder!r}, in which '
-      f'{"no val/ or test/" if os.path.isdir(train) else "no train/"} is. '
-      'Likely the path is one level off: '
-      '`--config.data.folder=/path/to/the/folder/that/holds/train`, or '
-      '`--source=` of prepare_data.'
-    )
-  classes, held_out_classes = _folders(train), _folders(found[0])
-  if not classes:
-    raise ValueError(
-      'Images must lie in a folder for each class, train/CLASS/*.jpg. Given '
-      f'{train}, which holds no folder. Move the images of each class: `mkdir '
-      f'{train}/cat && mv {train}/cat*.jpg {train}/cat/`.'
-    )
-  if classes != held_out_classes:
-    raise ValueError(
-      'Training and held-out images must have the same class folders. In '
-      f'{found[0]} are missing: '
-      f'{sorted(set(classes) - set(held_out_classes))}; not in {train}: '
-      f'{sorted(set(held_out_classes) - set(classes))}. Likely the unpacking '
-      'of one broke off or a folder is misspelt: '
-      f'`diff <(ls {train}) <(ls {found[0]})`.'
-    )
-  records = [_split_records(split, classes) for split in (train, found[0])]
-  named = [
-    [(os.path.basename(path), label) for path, label in split]
-    for split in records
-  ]
-  return Source(
-    *records, _read_file, tuple(classes), fingerprint(classes, *named)
-  )
+  return _of_files(layouts.find(folder))
+
+
+def class_folders(folder: str) -> Source:
+  """Held-out images alone, as CLASS/*.jpg.
+
+  Raises:
+    Mistake: when the folder is of no such form.
+  """
+  return _of_files(layouts.find_classes(folder))
 
 
 def _read_record(
@@ -248,10 +216,15 @@ def _read_record(
   paths: Sequence[Path],
   starts: Sequence[int],
 ) -> tuple[np.ndarray, int]:
-  data, label = shards.unpack(records[index])
   shard = bisect.bisect(starts, index) - 1
   # Damage is named by where it is, as shards hold no file names.
-  return jpeg.decode(data, f'{paths[shard]}[{index - starts[shard]}]'), label
+  name = f'{paths[shard]}[{index - starts[shard]}]'
+  try:
+    data, label = shards.unpack(records[index])
+  except RuntimeError as error:
+    # ArrayRecord's word for a checksum that is wrong.
+    raise jpeg.BadImageError(name, f'a damaged record: {error}') from error
+  return jpeg.decode(data, name), label
 
 
 def array_record(folder: str) -> Source:
@@ -260,11 +233,11 @@ def array_record(folder: str) -> Source:
   Records are numbers, those of the held-out images after the training ones.
 
   Raises:
-    ValueError: when the shards are not complete or one is damaged.
+    Mistake: when the shards are not complete or one is damaged.
   """
   manifest = shards.read_manifest(Path(folder))
   if manifest is None:
-    raise ValueError(
+    raise Mistake(
       'A folder of shards must hold the manifest that prepare_data writes. '
       f'Given {folder!r}, which holds none. Likely the path is that of the '
       f'images: `python -m reference.prepare_data --source={folder} '
@@ -278,10 +251,11 @@ def array_record(folder: str) -> Source:
     found = shards.count_records(path) if path.exists() else None
     if found != count:
       state = 'is not there' if found is None else f'holds {found} of {count}'
-      raise ValueError(
+      raise Mistake(
         f'All shards must be there with all their images. {path} {state}. '
-        'Likely their preparation was stopped or the copy broke off: `rm -f '
-        f'{path}`, and run prepare_data with `--target={folder}` again.'
+        'Likely their preparation was stopped or the copy broke off: run '
+        f'prepare_data with `--target={folder}` again, which writes what is '
+        'not whole, or copy it again.'
       )
   starts = list(itertools.accumulate(counts, initial=0))
   trained = sum(manifest.counts['train'])
@@ -300,16 +274,63 @@ def array_record(folder: str) -> Source:
   )
 
 
+def _own(config: ml_collections.ConfigDict) -> Source:
+  """The source that a function of the user's own returns.
+
+  Raises:
+    Mistake: when it is none, is empty, or its first image is of another form.
+  """
+  source = named.load(config.source, 'data.source')(config)
+  if not isinstance(source, Source):
+    raise Mistake(
+      'A function that `data.source` names returns a `Source`. Given '
+      f'{config.source!r}, which returns a {type(source).__name__}. Write '
+      '`return sources.Source(train, held_out, classes)`, each a sequence.'
+    )
+  if not (len(source.train) and len(source.held_out) and len(source.classes)):
+    raise Mistake(
+      'A source has training images, held-out images and classes. Given '
+      f'{config.source!r}, with {len(source.train)}, {len(source.held_out)} '
+      f'and {len(source.classes)}. Likely its folder is empty or misspelt.'
+    )
+  image, label = source.read(source.train[0])
+  form = getattr(image, 'dtype', type(image).__name__), np.shape(image)
+  if form[0] != np.uint8 or len(form[1]) != 3:
+    raise Mistake(
+      'A source reads images as uint8 arrays of height, width and channels. '
+      f'Given {config.source!r}, whose first is {form[0]} of shape {form[1]}. '
+      'Likely `np.uint8(np.rint(255 * image))`, or `image[..., None]` if grey.'
+    )
+  if not 0 <= label < len(source.classes):
+    raise Mistake(
+      f'Labels are places among the {len(source.classes)} classes, from 0. '
+      f'Given {config.source!r}, whose first is {label}. Likely they are '
+      'counted from 1: `label - 1`.'
+    )
+  counts = [f'{len(source.train)} and {len(source.held_out)} images']
+  return source._replace(
+    classes=tuple(map(str, source.classes)),
+    fingerprint=source.fingerprint
+    or fingerprint([*map(str, source.classes), *counts], [], []),
+  )
+
+
+_KINDS = {
+  'idx_folder': idx_folder,
+  'jpeg_folder': jpeg_folder,
+  'array_record': array_record,
+}
+
+
 def open_source(config: ml_collections.ConfigDict) -> Source:
   """The source that `config.source` names.
 
   Args:
-    config: the `data` part of a config.
+    config: the `data` part of a config. A source that is named as
+      `package.module:function` is what that function returns for it.
   """
+  if ':' in config.source:
+    return _own(config)
   if config.source == 'digits':
     return digits()
-  if config.source == 'idx_folder':
-    return idx_folder(config.folder)
-  if config.source == 'array_record':
-    return array_record(config.folder)
-  return jpeg_folder(config.folder)
+  return _KINDS[config.source](os.path.expanduser(config.folder))

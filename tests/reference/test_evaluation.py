@@ -50,7 +50,7 @@ def make_source(count, bad=()):
       raise jpeg.BadImageError(f'{number}.jpg', 'Premature end')
     return images[number], labels[number]
 
-  return sources.Source([], range(count), read, tuple('abc'))
+  return sources.Source([], range(count), tuple('abc'), read)
 
 
 def evaluated(source, *, batch_size=8, hosts=1):

@@ -15,7 +15,7 @@ from prepared_images import (
   records,
 )
 
-from reference.data import image_files, preparation
+from reference.data import image_files, inspection
 
 
 @pytest.fixture
@@ -191,10 +191,9 @@ def test_a_compressed_tar_file_is_explained(tars, target):
 @pytest.mark.parametrize(
   ('labels', 'message'),
   [
-    (['n01', 'n02'], '2 lines for 3 images'),
-    (['n01', 'n02', 'n10', 'n10'], '4 lines for 3 images'),
-    (['n01', 'n02', 'n03'], r"not in training: \['n03'\]"),
-    (['n01', 'n02', 'n02'], r"without an image: \['n10'\]"),
+    (['n01', 'n02'], '2 lines in .* for 3 images'),
+    (['n01', 'n02', 'n10', 'n10'], '4 lines in .* for 3 images'),
+    (['n01', 'n02', 'n03'], 'not among the training classes: n03'),
     (['490', '361', '171'], 'numbers of the development kit'),
   ],
 )
@@ -206,7 +205,7 @@ def test_held_out_labels_that_do_not_match(labels, message, tars, target):
 
 def test_tar_files_without_labels_are_explained(tars, target):
   write_tars(tars, *tar_files())
-  with pytest.raises(ValueError, match='Add `--held_out_labels='):
+  with pytest.raises(ValueError, match='add `--held_out_labels='):
     prepare(tars, target)
 
 
@@ -219,6 +218,6 @@ def test_tar_files_are_checked_and_resumed(tars, target, monkeypatch):
   prepare(tars, target, **options)
   whole = contents(target)
   (target / SHARDS[2]).unlink()
-  monkeypatch.setattr(preparation, 'find_unreadable', None)
+  monkeypatch.setattr(inspection, 'find_unreadable', None)
   prepare(tars, target, **options)
   assert contents(target) == whole

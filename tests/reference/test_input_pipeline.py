@@ -42,7 +42,7 @@ def make_source(count=10, size=8, bad=()):
     return images[label], label
 
   classes = tuple(map(str, range(count)))
-  return sources.Source(range(count), range(count), read, classes), images
+  return sources.Source(range(count), range(count), classes, read), images
 
 
 def take(source, config, count, *, state=None, skipped=None, **options):

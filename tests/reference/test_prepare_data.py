@@ -26,7 +26,7 @@ from prepared_images import (
   write_images,
 )
 
-from reference.data import image_files, preparation, sources
+from reference.data import image_files, inspection, sources
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_killed_and_resumed(
   prepare(source, tmp_path / 'undisturbed')
   if checked:
     # What was decoded once is not decoded again.
-    monkeypatch.setattr(preparation, 'find_unreadable', None)
+    monkeypatch.setattr(inspection, 'find_unreadable', None)
   prepare(source, target)
   assert contents(target) == contents(tmp_path / 'undisturbed')
   after = identity(target)
@@ -179,7 +179,7 @@ def test_too_little_space_is_told_before_anything_is_decoded(
   monkeypatch.setattr(
     shutil, 'disk_usage', lambda path: used._replace(free=1000)
   )
-  monkeypatch.setattr(preparation, 'find_unreadable', None)
+  monkeypatch.setattr(inspection, 'find_unreadable', None)
   with pytest.raises(ValueError, match=r'must fit on the disk.*--target='):
     prepare(source, target)
   assert names(target) == []
@@ -252,7 +252,7 @@ def test_differing_class_folders_are_told_before_the_target_is_made(
   source, target
 ):
   (source / 'val' / 'n03').mkdir()
-  with pytest.raises(ValueError, match='must have the same class folders'):
+  with pytest.raises(ValueError, match='Held-out classes must be among'):
     prepare(source, target)
   assert not target.exists()
 
@@ -305,19 +305,19 @@ def test_an_image_that_changes_meanwhile(source, target, monkeypatch):
     path.write_bytes(path.read_bytes()[:-3])
     return {}
 
-  monkeypatch.setattr(preparation, 'find_unreadable', find_unreadable)
-  with pytest.raises(ValueError, match=r'train/n02/2\.JPEG had \d+ bytes'):
+  monkeypatch.setattr(inspection, 'find_unreadable', find_unreadable)
+  with pytest.raises(ValueError, match=r'train/n02/2\.JPEG: it had \d+ bytes'):
     prepare(source, target)
   assert names(target) == ['manifest.json', SHARDS[1]]
 
 
 def test_an_image_that_disappears_meanwhile(source, target, monkeypatch):
   monkeypatch.setattr(
-    preparation,
+    inspection,
     'find_unreadable',
     lambda images: os.unlink(images[0].path) or {},
   )
-  with pytest.raises(ValueError, match=r'n01/0\.JPEG can no longer be read'):
+  with pytest.raises(ValueError, match=r'n01/0\.JPEG: it cannot be read'):
     prepare(source, target)
   assert names(target) == ['manifest.json']
 
@@ -338,7 +338,7 @@ def test_the_command_from_end_to_end(source, target):
   result = command(*flags)
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('Likely')
-  assert 'Not prepared: Images must be whole JPEGs. 2 of 13' in result.stderr
+  assert 'Not prepared: Images must be whole. 2 of 13' in result.stderr
   assert 'Traceback' not in result.stderr
   result = command(*flags, '--on_bad_image=skip')
   assert result.returncode == 0, result.stderr

@@ -267,7 +267,7 @@ def test_evaluation_counts_every_image_once_on_main_statistics(count):
     state, _ = take(state, place(make_batch(seed)))
   batch = make_batch(7, count)
   records = list(zip(batch['image'], batch['label'], strict=True))
-  source = sources.Source([], records, lambda record: record, tuple('abc'))
+  source = sources.Source([], records, tuple('abc'))
 
   params = conadv.dual_bn.main(state.params)
   batch_stats = conadv.dual_bn.main(state.model_state)
@@ -305,7 +305,7 @@ def test_padding_is_never_right():
   model, place, state, _ = make_all(config)
   batch = make_batch(7, 5)
   records = list(zip(batch['image'], batch['label'], strict=True))
-  source = sources.Source([], records, lambda record: record, tuple('abc'))
+  source = sources.Source([], records, tuple('abc'))
   # A model that always says 0, which is what labels are padded with.
   params = conadv.dual_bn.main(state.params)
   bias = jnp.array([1e3, 0.0, 0.0])
@@ -335,7 +335,6 @@ def test_evaluation_is_split_over_the_devices():
   source = sources.Source(
     [],
     list(zip(*make_batch(0, 16).values(), strict=True)),
-    lambda record: record,
     tuple('abc'),
   )
   [batch] = itertools.islice(

@@ -86,7 +86,7 @@ def numbered_source():
     return image, number % 10
 
   classes = tuple('0123456789')
-  return sources.Source(list(range(300)), list(range(300, 400)), read, classes)
+  return sources.Source(list(range(300)), list(range(300, 400)), classes, read)
 
 
 def numbers_in(images):

@@ -68,7 +68,7 @@ def telling_source(count=20, bad=(3, 7)):
     return image.astype(np.uint8), label
 
   classes = tuple(map(str, range(count)))
-  return sources.Source(range(count), range(count), read, classes)
+  return sources.Source(range(count), range(count), classes, read)
 
 
 def test_workers_make_the_same_batches_and_states(caplog):
