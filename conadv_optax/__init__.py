@@ -29,6 +29,11 @@ from conadv_optax.curvature.sharpness import Sharpness, sharpness
 from conadv_optax.devices.accumulate import accumulate
 from conadv_optax.devices.concurrent import concurrent
 from conadv_optax.devices.data_parallel import data_parallel
+from conadv_optax.devices.diffusion import (
+  Diffusion,
+  diffusion,
+  metropolis_weights,
+)
 from conadv_optax.methods.batch_augment import batch_augment
 from conadv_optax.methods.extrapolate import ExtrapolateState, extrapolate
 from conadv_optax.methods.fast_advprop import fast_advprop
@@ -61,6 +66,7 @@ __all__ = [
   'BatchController',
   'ConAdvAux',
   'ConAdvState',
+  'Diffusion',
   'ExtrapolateState',
   'GradientFunction',
   'LarsState',
@@ -83,6 +89,7 @@ __all__ = [
   'batch_augment',
   'concurrent',
   'data_parallel',
+  'diffusion',
   'dual_bn',
   'exclude_norm_and_bias',
   'extrapolate',
@@ -92,6 +99,7 @@ __all__ = [
   'hessian',
   'lars',
   'legw',
+  'metropolis_weights',
   'noise_scale',
   'normalized',
   'overfitting_guard',

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
@@ -171,6 +172,13 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
       'everything': AxisType.Auto,
     }.items()
   },
+  'diffusion': {
+    'everyone': {
+      'grad_fn': plain_loss,
+      'mesh': jax.make_mesh((4,), ('data',), devices=jax.devices()[:4]),
+      'weights': jnp.ones((4, 4)) / 4,
+    }
+  },
   'dual_bn.main': {'branched': {'tree': _TREE}},
   'dual_bn.replace': {
     'adversarial': {
@@ -258,6 +266,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
       'epochs': 10.0,
     }
   },
+  'metropolis_weights': {'everyone': {'neighbours': jnp.ones((4, 4))}},
   'noise_scale': {'default': {'batch_size': 64, 'groups': 8}},
   'normalized': {
     'scalar': {'epsilon': 0.1, 'mean': 0.5, 'std': 0.5},
@@ -355,6 +364,8 @@ def kind(function: Callable[..., Any]) -> str:
     conadv.hessian.Operator: 'operator',
     BatchAugmentation: 'augmentation',
     Leaf: 'leaf',
+    conadv.Diffusion: 'agents',
+    np.ndarray: 'numbers',
   }.get(returned, 'helper')
 
 
