@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import conadv_optax as conadv
+from reference.command import Mistake
 from reference.run import methods, models, objective
 from reference.tools import scores
 
@@ -27,6 +28,26 @@ class Adversary(NamedTuple):
 
   epsilon: float
   steps: int
+
+
+def make_adversary(epsilon: float, steps: int) -> Adversary | None:
+  """The attack of that strength, None for a radius of 0.
+
+  Raises:
+    Mistake: for a radius outside [0, 1], or no step.
+  """
+  if not 0 <= epsilon <= 1:
+    raise Mistake(
+      f'`--epsilon` is a radius for pixels from 0 to 1. Given {epsilon:g}. '
+      'Likely meant in levels of 255: '
+      f'`--epsilon={abs(epsilon) / 255:.4g}`.'
+    )
+  if steps < 1:
+    raise Mistake(
+      f'`--steps` is a number of steps, 1 or more. Given {steps}. Likely no '
+      'attack is meant: leave out `--epsilon` too.'
+    )
+  return Adversary(epsilon, steps) if epsilon else None
 
 
 class Seen(NamedTuple):

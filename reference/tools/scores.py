@@ -108,5 +108,5 @@ def of_classes(predictions: Predictions) -> list[ClassScore]:
 def in_words(
   taken_for: Sequence[tuple[int, int]], classes: Sequence[str], *, shown: int
 ) -> str:
-  """The first few, such as 'cat 12, dog 3'."""
-  return ', '.join(f'{classes[x]} {count}' for x, count in taken_for[:shown])
+  """The first few, such as 'cat (12), dog (3)'."""
+  return ', '.join(f'{classes[x]} ({count})' for x, count in taken_for[:shown])

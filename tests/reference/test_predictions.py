@@ -5,6 +5,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from reference.command import Mistake
 from reference.data import input_pipeline, jpeg, sources
 from reference.run import train
 from reference.tools import predictions
@@ -122,6 +123,15 @@ def test_a_part_of_the_classes_competes_alone():
   p = np.exp(part) / np.exp(part).sum(axis=1, keepdims=True)
   np.testing.assert_allclose(seen.among.confidence, p.max(axis=1), rtol=1e-4)
   assert not np.array_equal(seen.all.top[:, 0], winner)
+
+
+def test_the_strength_of_an_attack():
+  assert predictions.make_adversary(0.0, 20) is None
+  assert predictions.make_adversary(0.5, 3) == (0.5, 3)
+  with pytest.raises(Mistake, match=r'Given 4\..*--epsilon=0\.01569`'):
+    predictions.make_adversary(4.0, 20)
+  with pytest.raises(Mistake, match=r'1 or more\. Given 0'):
+    predictions.make_adversary(0.1, 0)
 
 
 @pytest.mark.parametrize('epsilon', [0.02, 0.3])
