@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from reference.command import Mistake
 from reference.data import augment, autoaugment, jpeg, pieces, sources
 
 TRAIN_CROPS: dict[str, Callable[..., np.ndarray]] = {
@@ -32,14 +33,14 @@ EVAL_CROPS: dict[str, Callable[..., np.ndarray]] = {
 
 def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
   if not 0 <= host < hosts:
-    raise ValueError(
+    raise Mistake(
       f'Hosts are numbered 0 to hosts - 1. Given host {host} of {hosts}. '
       'Likely counted from 1: `host=jax.process_index(), '
       'hosts=jax.process_count()`.'
     )
   if batch_size % hosts:
     nearest = max(1, round(batch_size / hosts)) * hosts
-    raise ValueError(
+    raise Mistake(
       'Every host reads the same share of a batch, so `batch_size` must be a '
       f'multiple of the number of hosts. Given {batch_size} on {hosts} hosts. '
       f'Take the nearest: `--config.batch_size={nearest}`.'
@@ -48,7 +49,7 @@ def _check_hosts(batch_size: int, host: int, hosts: int) -> None:
 
 def _check_level_factor(level_factor: float) -> None:
   if not 0 <= level_factor <= 1:
-    raise ValueError(
+    raise Mistake(
       "`data.level_factor` multiplies AutoAugment's levels and is from 0 to 1. "
       f'Given {level_factor}. Likely meant as a level, 0 to 10: '
       '`--config.data.level_factor=0.8`.'
@@ -57,7 +58,7 @@ def _check_level_factor(level_factor: float) -> None:
 
 def _check_workers(workers: int) -> None:
   if workers < 0:
-    raise ValueError(
+    raise Mistake(
       '`run.workers` is the number of worker processes that make training '
       f'images, 0 for none. Given {workers}. Take the threads of this process, '
       '`--config.run.workers=0`.'
@@ -76,7 +77,7 @@ def _receiver(
         logging.warning('Skipped %s: %s.', path, reason)
       if len(skipped) == count:
         # Otherwise the search for a first readable image would never end.
-        raise ValueError(
+        raise Mistake(
           f'At least one of {count} images must be readable, and none is; the '
           f'last: {jpeg.BadImageError(path, reason)}'
         )
@@ -162,7 +163,7 @@ def train_batches(
     same number of hosts.
 
   Raises:
-    ValueError: when the hosts do not divide the batch, or for a `level_factor`
+    Mistake: when the hosts do not divide the batch, or for a `level_factor`
       that is not from 0 to 1.
   """
   # Grey images, which AutoAugment does not take, need not have it.
@@ -230,7 +231,7 @@ def held_out_batches(
     `{'image': uint8 (b, H, W, C), 'label': int32 (b,), 'mask': bool (b,)}`.
 
   Raises:
-    ValueError: when the hosts do not divide the batch.
+    Mistake: when the hosts do not divide the batch.
   """
   _check_hosts(batch_size, host, hosts)
   batches = math.ceil(len(source.held_out) / batch_size)

@@ -55,17 +55,16 @@ def describe(listing: image_files.Listing) -> str:
   for split in shards.SPLITS:
     images = getattr(listing, split)
     counts = collections.Counter(x.label for x in images)
+    labels = range(len(listing.classes))
     least, most = (
-      choose(counts, key=counts.__getitem__, default=0) for choose in (min, max)
+      choose(labels, key=counts.__getitem__) for choose in (min, max)
     )
     lines.append(
       f'{split}: {len(images):,} images{_kinds(images)}, {counts[least]:,} '
       f'({listing.classes[least]}) to {counts[most]:,} '
       f'({listing.classes[most]}) a class.'
     )
-    without = [
-      name for label, name in enumerate(listing.classes) if not counts[label]
-    ]
+    without = [listing.classes[x] for x in labels if not counts[x]]
     if without:
       lines.append(f'{split}: no image of {some(without)}.')
   return '\n'.join([*lines, *layouts.notes(listing.left_out)])

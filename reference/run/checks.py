@@ -33,6 +33,8 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
     given = config
     for name in field.split('.'):
       given = given[name]
+    if field == 'data.source' and ':' in given:
+      continue  # a function of the user's own
     if given not in allowed:
       nearest = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.0)
       raise ValueError(
@@ -96,9 +98,10 @@ def check_classes(config: ml_collections.ConfigDict, found: int) -> None:
   """
   expected = config.data.get('classes', found)
   if found != expected:
+    where = config.data.get('folder', config.data.source)
     raise ValueError(
       f'The images must be of `data.classes` classes, {expected}. Given '
-      f'{found} in {config.data.folder}. Likely a copy broke off or a folder '
+      f'{found} in {where}. Likely a copy broke off or a folder '
       'is no class; if they are meant to be so many, '
       f'`--config.data.classes={found}`.'
     )

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import PurePath
 
 import pytest
 from prepared_images import (
@@ -15,7 +16,7 @@ from prepared_images import (
   records,
 )
 
-from reference.data import image_files, inspection
+from reference.data import image_files, inspection, sources
 
 
 @pytest.fixture
@@ -86,6 +87,36 @@ def test_tar_files_give_the_shards_of_the_folder(tars, target):
   manifest = prepare(tars, target, **write_tars(tars, train, held_out, labels))
   assert manifest.classes == list(CLASSES)
   assert records(target, 'train') == expected('train')
+  assert records(target, 'held_out') == expected('val')
+  # As a folder of the same files has it.
+  names = [
+    [
+      (PurePath(name).name, CLASSES.index(class_name))
+      for class_name, files in split.items()
+      for name in files
+    ]
+    for split in (train, {x: [f'val_{x}.JPEG'] for x in CLASSES})
+  ]
+  assert manifest.fingerprint == sources.fingerprint(CLASSES, *names)
+
+
+def test_what_is_no_image_is_named(tars, target, capsys):
+  train, held_out, labels = tar_files()
+  train['n02'] |= {'._n02_0.JPEG': b'', 'n02.xml': b''}
+  held_out |= {'.DS_Store': b''}
+  options = write_tars(tars, train, held_out, labels, outer={'list.txt': b''})
+  prepare(tars, target, **options)
+  assert records(target, 'train') == expected('train')
+  shown = capsys.readouterr().out
+  assert 'Not read, 2 hidden or of the system: ._n02_0.JPEG, .DS_Store' in shown
+  assert 'Not read, 1 of another kind: n02.xml' in shown
+  assert 'Not read, 1 beside the classes: list.txt' in shown
+
+
+def test_labels_that_lie_beside_the_tar_files(tars, target):
+  given = write_tars(tars, *tar_files())['held_out_labels']
+  given.rename(tars / 'LOC_val_solution.csv')
+  prepare(tars, target)
   assert records(target, 'held_out') == expected('val')
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from prepared_images import (
   SHARDS,
   break_two,
@@ -26,7 +26,8 @@ from prepared_images import (
   write_images,
 )
 
-from reference.data import image_files, inspection, sources
+from reference.command import Mistake
+from reference.data import image_files, inspection, preparation, sources
 
 
 @pytest.fixture
@@ -238,6 +239,66 @@ def test_what_real_data_sets_hold_is_kept_and_damage_counted(source, target):
   opened = sources.array_record(str(target))
   shapes = [opened.read(number)[0].shape for number in opened.train[-4:]]
   assert shapes == [(9, 7, 3), (9, 7, 3), (1, 1, 3), (9, 7, 3)]
+
+
+def test_what_cannot_be_opened_is_as_what_cannot_be_read(source, target):
+  bad = source / 'train' / 'n02'
+  (bad / 'gone.jpg').symlink_to(source / 'nowhere.jpg')
+  (bad / 'page.jpg').write_text('<html>404</html>')
+  (bad / 'x.jpeg').mkdir()
+  with pytest.raises(Mistake, match='2 of 15 are not') as error:
+    prepare(source, target)
+  message = str(error.value)
+  assert 'train/n02/gone.jpg: it cannot be read, No such file' in message
+  assert 'train/n02/page.jpg: not a JPEG but a page of HTML' in message
+  prepare(source, target, on_bad_image='skip')
+  assert records(target, 'train') == expected('train')
+
+
+def test_the_summary_names_what_is_and_what_is_not_read(source, target, capsys):
+  image = Image.fromarray(np.zeros((5, 6, 3), np.uint8))
+  exif = Image.Exif()
+  for name, orientation in (('9.png', 1), ('9.webp', 6), ('a.jpg', 8)):
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(source / 'train' / 'n02' / name, exif=exif)
+  (source / 'train' / 'n02' / '.DS_Store').touch()
+  shutil.rmtree(source / 'val' / 'n02')
+  prepare(source, target)
+  shown = capsys.readouterr().out
+  for line in (
+    'train: 13 images (11 jpg, 1 png, 1 webp), 2 (n10) to 8 (n02) a class.',
+    'held_out: 2 images, 0 (n02) to 1 (n01) a class.',
+    'held_out: no image of n02.',
+    f'Not read, 1 hidden or of the system: {source}/train/n02/.DS_Store.',
+    '2 images have an orientation in their EXIF, which is not followed: '
+    'train/n02/9.webp, train/n02/a.jpg.',
+  ):
+    assert f'{line}\n' in shown
+  opened = sources.array_record(str(target))
+  assert opened.read(opened.train[-4])[0].shape == (5, 6, 3)
+
+
+def test_smaller_images(source, target):
+  (source / 'train' / 'n01' / '0.JPEG').write_bytes(make_jpeg(0, (40, 60)))
+  (source / 'val' / 'n01' / '0.JPEG').write_bytes(make_jpeg(1, (60, 40)))
+  smaller = preparation.Smaller(20, 90)
+  manifest = prepare(source, target, smaller=smaller)
+  (label, large), *rest = records(target, 'train')
+  assert label == 0
+  assert Image.open(io.BytesIO(large)).size == (30, 20)
+  assert rest == expected('train')[1:]
+  tall = records(target, 'held_out')[0][1]
+  assert Image.open(io.BytesIO(tall)).size == (20, 30)
+  # Other pixels under the same names are not the same images.
+  assert manifest.fingerprint != sources.jpeg_folder(str(source)).fingerprint
+
+  for other in (None, preparation.Smaller(20, 91)):
+    with pytest.raises(Mistake, match='begun with short side 20, quality 90'):
+      prepare(source, target, smaller=other)
+  before = contents(target)
+  (target / SHARDS[1]).unlink()
+  prepare(source, target, smaller=smaller)
+  assert contents(target) == before
 
 
 def test_a_split_without_a_readable_image(source, target):

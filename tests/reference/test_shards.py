@@ -44,10 +44,8 @@ def test_shards_hold_every_file_and_its_label(source, target, capsys):
   assert '13/13' in shown
 
 
-def test_batches_are_those_of_the_folder(source, target):
-  """The order, the crops and the pixels."""
-  prepare(source, target)
-  config = ml_collections.ConfigDict(
+def make_config():
+  return ml_collections.ConfigDict(
     {
       'seed': 3,
       'batch_size': 4,
@@ -57,11 +55,17 @@ def test_batches_are_those_of_the_folder(source, target):
         'flip': True,
         'eval_crop': 'center',
         'mean': (0.5, 0.5, 0.5),
-        'on_bad_image': 'stop',
+        'on_bad_image': 'skip',
       },
       'run': {'threads': 2, 'workers': 0},
     }
   )
+
+
+def test_batches_are_those_of_the_folder(source, target):
+  """The order, the crops and the pixels."""
+  prepare(source, target)
+  config = make_config()
   taken, fingerprints = [], set()
   for name, folder in (('jpeg_folder', source), ('array_record', target)):
     opened = sources.open_source(
@@ -122,3 +126,32 @@ def test_a_damaged_record_is_named_by_its_place(source, target):
   with pytest.raises(jpeg.BadImageError) as error:
     opened.read(opened.train[7])
   assert error.value.path == f'{path}[3]'
+
+
+def test_a_flipped_byte_is_named_and_can_be_skipped(source, target):
+  prepare(source, target)
+  path = target / SHARDS[2]
+  before = sources.array_record(str(target))
+  _, damaged = expected('train')[6]
+  data = bytearray(path.read_bytes())
+  data[data.index(damaged) + len(damaged) // 2] ^= 1
+  path.write_bytes(data)
+
+  opened = sources.array_record(str(target))
+  name = f'{path}[2]'
+  with pytest.raises(jpeg.BadImageError, match=re.escape(name)) as error:
+    opened.read(opened.train[6])
+  assert error.value.reason.startswith('a damaged record: Corrupted')
+  # Those around it are as they were.
+  for number in (5, 7):
+    pixels, label = opened.read(opened.train[number])
+    same, same_label = before.read(before.train[number])
+    np.testing.assert_array_equal(pixels, same)
+    assert label == same_label
+
+  skipped = {}
+  batches = input_pipeline.train_batches(opened, make_config(), skipped=skipped)
+  for _ in range(6):
+    next(batches)
+  batches.close()
+  assert list(skipped) == [name]

@@ -1,0 +1,97 @@
+"""Images of the user's own, which a config names."""
+
+import itertools
+
+import ml_collections
+import pytest
+from tiny_runs import tiny
+
+from reference.command import Mistake
+from reference.data import input_pipeline, sources
+from reference.run import checks
+
+
+def make_config(name):
+  return tiny(
+    **{
+      'batch_size': 4,
+      'data.source': f'own_sources:{name}',
+      'data.size': 8,
+      'data.crop': 'resize',
+      'data.mean': (0.5, 0.5, 0.5),
+      'data.std': (0.2, 0.2, 0.2),
+      'data.on_bad_image': 'skip',
+    }
+  )
+
+
+def take(config, *, batches):
+  """Level and label of the images of some batches, and of those held out."""
+  checks.check_choices(config)
+  source = sources.open_source(config.data)
+  checks.check_classes(config, source.num_classes)
+  skipped = {}
+  iterator = input_pipeline.train_batches(source, config, skipped=skipped)
+  train = list(itertools.islice(iterator, batches))
+  iterator.close()
+  held_out = input_pipeline.held_out_batches(
+    source, config, batch_size=4, skipped=skipped
+  )
+  return (
+    source,
+    skipped,
+    *(
+      sorted(
+        (int(image[0, 0, 0]), int(label))
+        for batch in split
+        for image, label in zip(batch['image'], batch['label'], strict=True)
+      )
+      for split in (train, held_out)
+    ),
+  )
+
+
+def squares(numbers):
+  return [(20 * i, int(i >= 6)) for i in numbers]
+
+
+def test_arrays_with_labels():
+  source, _, train, held_out = take(make_config('arrays'), batches=4)
+  assert source.classes == ('dark', 'light')
+  assert train == sorted(2 * squares(range(8)))
+  assert held_out == squares(range(8, 12))
+  # Images without names are told apart by their number.
+  names = ['dark', 'light', '8 and 4 images']
+  assert source.fingerprint == sources.fingerprint(names, [], [])
+
+
+def test_encoded_images_with_labels():
+  _, skipped, train, _ = take(make_config('encoded'), batches=7)
+  assert train == sorted(4 * squares([0, 1, 3, 4, 5, 6, 7]))
+  [(name, reason)] = skipped.items()
+  assert name.startswith('image with CRC')
+  assert reason == 'a damaged PNG'
+
+
+def test_a_function_that_reads():
+  source, _, train, held_out = take(make_config('generated'), batches=4)
+  assert source.fingerprint == 'mine'
+  assert source.classes == ('dark', 'light')
+  assert train == sorted(2 * [(i, i % 2) for i in range(8)])
+  assert held_out == [(i, i % 2) for i in range(8, 12)]
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('in_floats', r'first is float64 of shape \(8, 8, 3\).*np\.uint8'),
+    ('without_channels', r'of shape \(8, 8\)\. Likely .*\[\.\.\., None\]'),
+    ('from_one', 'from 0. Given .*whose first is 2. Likely .*label - 1'),
+    ('empty', 'with 0, 1 and 2'),
+    ('no_source', r'returns a list. Write `return sources\.Source'),
+    ('misspelt', 'no such name'),
+  ],
+)
+def test_what_is_no_source(name, message):
+  with pytest.raises(Mistake, match=message):
+    sources.open_source(ml_collections.ConfigDict(make_config(name).data))
