@@ -8,7 +8,7 @@ References:
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -19,29 +19,19 @@ Layer = Callable[..., Any]
 
 
 class Model(Protocol):
-  """What a run asks of a model; a Linen module with `num_classes` has it.
-
-  Attributes:
-    num_classes: width of the logits.
-  """
+  """What a run asks of a model; a Linen module with `num_classes` has it."""
 
   @property
   def num_classes(self) -> int:
     """Width of the logits."""
 
-  def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> Any:
-    """The variables: 'params', and 'batch_stats' where there are."""
+  @property
+  def init(self) -> Callable[..., Any]:
+    """`init(key, images, train=False)`: 'params', perhaps 'batch_stats'."""
 
-  def apply(
-    self,
-    variables: Mapping[str, Any],
-    images: jax.Array,
-    *,
-    train: bool,
-    mutable: Any = False,
-    rngs: Any = None,
-  ) -> Any:
-    """Logits (B, num_classes); and where something is mutable, the new."""
+  @property
+  def apply(self) -> Callable[..., Any]:
+    """`apply(variables, images, train=, mutable=, rngs=)`: as Linen's."""
 
 
 class PlainBlock(nn.Module):

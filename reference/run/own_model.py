@@ -109,7 +109,7 @@ class OwnLinen:
 
   def init(
     self, key: jax.Array, images: jax.Array, *, train: bool
-  ) -> dict[str, Any]:
+  ) -> Mapping[str, Any]:
     """Parameters, and statistics where there are."""
     logits, variables = self.module.init_with_output(key, images, train=train)
     _checked(logits, images, self.num_classes)
@@ -169,8 +169,10 @@ class OwnNnx:
         f'returns a {type(model).__name__}. A Linen module needs none: '
         '`def make(*, num_classes): ...`.'
       )
-    _, params, stats, _ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    variables = {'params': _named(params), 'batch_stats': _named(stats)}
+    variables = {
+      'params': _named(nnx.state(model, nnx.Param)),
+      'batch_stats': _named(nnx.state(model, nnx.BatchStat)),
+    }
     self.apply(variables, images, train=train, rngs={'params': key})
     return variables
 
@@ -186,9 +188,8 @@ class OwnNnx:
     """Logits; and where something is mutable, the new statistics."""
     # Its own parameters are overwritten, so nothing computes them.
     model = self.make(nnx.Rngs(0))
-    graph, params, stats, keys, rest = nnx.split(
-      model, nnx.Param, nnx.BatchStat, nnx.RngKey, ...
-    )
+    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat, nnx.RngKey, ...)
+    graph, params, stats, keys, rest = parts
     nnx.replace_by_pure_dict(params, variables['params'])
     nnx.replace_by_pure_dict(stats, variables.get('batch_stats', {}))
     if rngs:
