@@ -102,6 +102,14 @@ def _about(items: ocp.args.Composite) -> agreement.About:
   )
 
 
+def read_about_step(
+  reader: ocp.CheckpointManager, workdir: Path, number: int
+) -> agreement.About:
+  """What the checkpoint of a step says of its run."""
+  items = _json_items(workdir, number)
+  return _about(reader.restore(number, args=ocp.args.Composite(**items)))
+
+
 def read_about(workdir: Path) -> tuple[int, agreement.About] | None:
   """The step of the newest checkpoint, and what it says of its run.
 
@@ -115,10 +123,7 @@ def read_about(workdir: Path) -> tuple[int, agreement.About] | None:
     for number in steps:
       # What is damaged `restore` tells.
       with contextlib.suppress(Exception):
-        items = _json_items(workdir, number)
-        return number, _about(
-          reader.restore(number, args=ocp.args.Composite(**items))
-        )
+        return number, read_about_step(reader, workdir, number)
   return None
 
 
