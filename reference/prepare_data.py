@@ -10,13 +10,13 @@ from pathlib import Path
 from absl import app, flags
 
 from reference.command import Mistake
-from reference.data import image_files, preparation
+from reference.data import preparation, tar_files
 
 _SOURCE = flags.DEFINE_string(
   'source',
   None,
   'The folder that holds train/CLASS/*.jpg and val/ or test/ of the same form, '
-  f'or {image_files.TRAIN_TAR} and {image_files.HELD_OUT_TAR}; other forms are '
+  f'or {tar_files.TRAIN_TAR} and {tar_files.HELD_OUT_TAR}; other forms are '
   'in the README.',
   required=True,
 )

@@ -20,7 +20,8 @@ whose images it takes over, and how many processes and cores a TPU v3 host needs
 to keep its eight cores at work.
 
 Without a folder it makes JPEGs of ImageNet's usual size, 500 x 375 pixels and
-about 110 KB, from two photographs that come with scikit-learn.
+about 110 KB, from two photographs that come with scikit-learn. With
+`--short_side=288` all of it is of the smaller files that `prepare_data` makes.
 """
 
 import collections
@@ -53,6 +54,10 @@ _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Turns of each program.')
 _IMAGES = flags.DEFINE_integer('images', 640, 'Images in a turn.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images in a batch.')
 _SIZE = flags.DEFINE_integer('size', 224, 'Side of the crops.')
+_SHORT_SIDE = flags.DEFINE_integer(
+  'short_side', None, 'As of prepare_data; by default files as they are.'
+)
+_QUALITY = flags.DEFINE_integer('quality', 92, 'As of prepare_data.')
 
 ONE, TWO = 'one view', 'two, AutoAugment'
 TINY_ONE, TINY_TWO = 'one, 8 x 8', 'two, 8 x 8'
@@ -77,6 +82,10 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
+    if _SHORT_SIDE.value:
+      source = shrink_files(source, Path(made))
+    sizes = [os.path.getsize(path) for path, _ in source.train]
+    print(f'{np.mean(sizes) / 1e3:.0f} KB an image')
     tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
     config, tiny_config = make_config(), make_config()
     tiny_config.data.size = 8
@@ -123,6 +132,23 @@ def choose_files(folder: str) -> sources.Source:
   source = sources.jpeg_folder(folder)
   order = np.random.default_rng(0).permutation(len(source.train))
   return source._replace(train=[source.train[i] for i in order[: _FILES.value]])
+
+
+def shrink_files(source: sources.Source, folder: Path) -> sources.Source:
+  """The same images with fewer pixels, in a folder."""
+  train = []
+  for index, (path, label) in enumerate(source.train):
+    smaller = folder / f'{index}.jpg'
+    smaller.write_bytes(
+      jpeg.shrink(
+        Path(path).read_bytes(),
+        path,
+        short_side=_SHORT_SIDE.value,
+        quality=_QUALITY.value,
+      )
+    )
+    train.append((str(smaller), label))
+  return source._replace(train=train)
 
 
 def make_config() -> ml_collections.ConfigDict:

@@ -22,6 +22,8 @@ from reference.data import (
   layouts,
   shards,
   sources,
+  tar_files,
+  webdataset,
 )
 
 # About 450 MB of ImageNet: what a kill can cost, and 313 files.
@@ -206,6 +208,23 @@ def _write(
       shards.write_shard(path, records(images))
 
 
+def list_images(
+  source: Path, held_out_labels: Path | None
+) -> image_files.Listing:
+  """The images of a folder, or of the tar files that it holds.
+
+  Raises:
+    Mistake: when they are not of a form that is known.
+  """
+  names = (tar_files.TRAIN_TAR, tar_files.HELD_OUT_TAR)
+  if all((source / name).exists() for name in names):
+    return tar_files.list_images(source, held_out_labels)
+  archives = webdataset.find(source)
+  if archives and not (source / 'train').is_dir():
+    return webdataset.list_images(archives)
+  return image_files.list_folder(source, held_out_labels)
+
+
 def prepare(
   source: Path,
   target: Path,
@@ -218,7 +237,7 @@ def prepare(
   """Writes the shards that are not there yet.
 
   Args:
-    source: as `image_files.list_images` takes it.
+    source: as `list_images` takes it.
     target: a new or empty folder, or one that a stopped run left.
     held_out_labels: for images without class folders, and tar files.
     on_bad_image: 'stop' refuses unreadable images, 'skip' leaves them out.
@@ -230,7 +249,7 @@ def prepare(
       anything is written.
     OSError: when the disk is full; the finished shards stay.
   """
-  listing = image_files.list_images(source, held_out_labels)
+  listing = list_images(source, held_out_labels)
   print(inspection.describe(listing), flush=True)
   encoding = str(smaller or '')
   target.mkdir(parents=True, exist_ok=True)

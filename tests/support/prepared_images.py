@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import tarfile
 
 import grain
 import numpy as np
@@ -24,6 +25,23 @@ def make_jpeg(seed, size=(10, 12)):
   pixels = np.random.default_rng(seed).integers(256, size=(*size, 3))
   file = io.BytesIO()
   Image.fromarray(pixels.astype(np.uint8)).save(file, 'JPEG')
+  return file.getvalue()
+
+
+def make_tar(files, *, compressed=False):
+  """A tar file of bytes by name; a `TarInfo` in their place is added as is."""
+  file = io.BytesIO()
+  with tarfile.open(
+    fileobj=file, mode='w:gz' if compressed else 'w'
+  ) as archive:
+    for name, data in files.items():
+      member = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo()
+      member.name = name
+      if member is data:
+        archive.addfile(member)
+      else:
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
   return file.getvalue()
 
 

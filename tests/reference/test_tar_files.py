@@ -12,33 +12,17 @@ from prepared_images import (
   expected,
   make_images,
   make_jpeg,
+  make_tar,
   prepare,
   records,
 )
 
-from reference.data import image_files, inspection, sources
+from reference.data import inspection, sources, tar_files
 
 
 @pytest.fixture
 def target(tmp_path):
   return tmp_path / 'shards'
-
-
-def make_tar(files, *, compressed=False):
-  """A tar file of bytes by name; a `TarInfo` in their place is added as is."""
-  file = io.BytesIO()
-  with tarfile.open(
-    fileobj=file, mode='w:gz' if compressed else 'w'
-  ) as archive:
-    for name, data in files.items():
-      member = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo()
-      member.name = name
-      if member is data:
-        archive.addfile(member)
-      else:
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
-  return file.getvalue()
 
 
 def link(kind, to):
@@ -47,7 +31,7 @@ def link(kind, to):
   return member
 
 
-def tar_files():
+def make_files():
   """The training classes' files, the held-out files and their labels."""
   train = {name: {} for name in CLASSES}
   held_out = {}
@@ -67,10 +51,10 @@ def write_tars(folder, train, held_out, labels, *, outer=(), compressed=False):
     f'{name}.tar': x if isinstance(x, bytes) else make_tar(x)
     for name, x in reversed(train.items())
   }
-  (folder / image_files.TRAIN_TAR).write_bytes(
+  (folder / tar_files.TRAIN_TAR).write_bytes(
     make_tar({**inner, **dict(outer)}, compressed=compressed)
   )
-  (folder / image_files.HELD_OUT_TAR).write_bytes(make_tar(held_out))
+  (folder / tar_files.HELD_OUT_TAR).write_bytes(make_tar(held_out))
   path = folder / 'labels.txt'
   path.write_text(''.join(f'{label}\n' for label in labels))
   return {'held_out_labels': path}
@@ -82,7 +66,7 @@ def tars(tmp_path):
 
 
 def test_tar_files_give_the_shards_of_the_folder(tars, target):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   held_out = dict(reversed(held_out.items()))
   manifest = prepare(tars, target, **write_tars(tars, train, held_out, labels))
   assert manifest.classes == list(CLASSES)
@@ -101,7 +85,7 @@ def test_tar_files_give_the_shards_of_the_folder(tars, target):
 
 
 def test_what_is_no_image_is_named(tars, target, capsys):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   train['n02'] |= {'._n02_0.JPEG': b'', 'n02.xml': b''}
   held_out |= {'.DS_Store': b''}
   options = write_tars(tars, train, held_out, labels, outer={'list.txt': b''})
@@ -114,14 +98,14 @@ def test_what_is_no_image_is_named(tars, target, capsys):
 
 
 def test_labels_that_lie_beside_the_tar_files(tars, target):
-  given = write_tars(tars, *tar_files())['held_out_labels']
+  given = write_tars(tars, *make_files())['held_out_labels']
   given.rename(tars / 'LOC_val_solution.csv')
   prepare(tars, target)
   assert records(target, 'held_out') == expected('val')
 
 
 def test_held_out_labels_follow_the_names(tars, target):
-  train, held_out, _ = tar_files()
+  train, held_out, _ = make_files()
   labels = ['n10', 'n01', 'n02']
   prepare(tars, target, **write_tars(tars, train, held_out, labels))
   found = [label for label, _ in records(target, 'held_out')]
@@ -141,7 +125,7 @@ BAD_MEMBERS = {
 @pytest.mark.parametrize('place', ['outer', 'class', 'held_out'])
 @pytest.mark.parametrize('name', BAD_MEMBERS)
 def test_tar_members_that_lead_out_are_refused(name, place, tars, target):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   bad = {name: BAD_MEMBERS[name]}
   if place == 'class':
     train['n02'] |= bad
@@ -157,11 +141,9 @@ def test_tar_members_that_lead_out_are_refused(name, place, tars, target):
   assert not list(tars.parent.glob('**/*out*'))
 
 
-@pytest.mark.parametrize(
-  'file', [image_files.TRAIN_TAR, image_files.HELD_OUT_TAR]
-)
+@pytest.mark.parametrize('file', [tar_files.TRAIN_TAR, tar_files.HELD_OUT_TAR])
 def test_a_tar_file_that_broke_off_is_named(file, tars, target):
-  options = write_tars(tars, *tar_files())
+  options = write_tars(tars, *make_files())
   data = (tars / file).read_bytes()
   with tarfile.open(tars / file) as archive:
     last = archive.getmembers()[-1]
@@ -174,8 +156,8 @@ def test_a_tar_file_that_broke_off_is_named(file, tars, target):
 
 
 def test_a_tar_file_with_a_damaged_header_is_named(tars, target):
-  options = write_tars(tars, *tar_files())
-  path = tars / image_files.HELD_OUT_TAR
+  options = write_tars(tars, *make_files())
+  path = tars / tar_files.HELD_OUT_TAR
   with tarfile.open(path) as archive:
     second = archive.getmembers()[1].offset
   data = path.read_bytes()
@@ -186,7 +168,7 @@ def test_a_tar_file_with_a_damaged_header_is_named(tars, target):
 
 @pytest.mark.parametrize('position', ['first', 'last'])
 def test_a_class_that_broke_off_before_it_was_packed(position, tars, target):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   whole = make_tar({f'{index}.JPEG': make_jpeg(index) for index in range(2)})
   with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
     last = archive.getmembers()[-1]
@@ -200,21 +182,21 @@ def test_a_class_that_broke_off_before_it_was_packed(position, tars, target):
 
 
 def test_a_class_without_images_is_named(tars, target):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   train['n02'] = {'readme.txt': b'none'}
   with pytest.raises(ValueError, match=r'n02\.tar in .* holds no \.jpg'):
     prepare(tars, target, **write_tars(tars, train, held_out, labels))
 
 
 def test_a_training_file_without_classes_is_explained(tars, target):
-  _, held_out, _ = tar_files()
+  _, held_out, _ = make_files()
   options = write_tars(tars, {}, held_out, [], outer={'a.txt': b'none'})
   with pytest.raises(ValueError, match='a tar file for each class'):
     prepare(tars, target, **options)
 
 
 def test_a_compressed_tar_file_is_explained(tars, target):
-  options = write_tars(tars, *tar_files(), compressed=True)
+  options = write_tars(tars, *make_files(), compressed=True)
   with pytest.raises(ValueError, match='must be whole and not compressed'):
     prepare(tars, target, **options)
 
@@ -229,19 +211,19 @@ def test_a_compressed_tar_file_is_explained(tars, target):
   ],
 )
 def test_held_out_labels_that_do_not_match(labels, message, tars, target):
-  train, held_out, _ = tar_files()
+  train, held_out, _ = make_files()
   with pytest.raises(ValueError, match=message):
     prepare(tars, target, **write_tars(tars, train, held_out, labels))
 
 
 def test_tar_files_without_labels_are_explained(tars, target):
-  write_tars(tars, *tar_files())
+  write_tars(tars, *make_files())
   with pytest.raises(ValueError, match='add `--held_out_labels='):
     prepare(tars, target)
 
 
 def test_tar_files_are_checked_and_resumed(tars, target, monkeypatch):
-  train, held_out, labels = tar_files()
+  train, held_out, labels = make_files()
   train['n02']['n02_1.JPEG'] = train['n02']['n02_1.JPEG'][:-50]
   options = write_tars(tars, train, held_out, labels) | {'on_bad_image': 'skip'}
   with pytest.raises(ValueError, match=r'train/n02/n02_1\.JPEG: Premature end'):
