@@ -1,4 +1,4 @@
-"""SAM, LookSAM and the gradient-norm penalty, against NumPy and Optax."""
+"""SAM and its forms, against NumPy and Optax."""
 
 import chex
 import jax
@@ -12,6 +12,7 @@ from public_names import make_batch as make_regression
 from public_names import make_params, plain_loss
 
 import conadv_optax as conadv
+from conadv_optax.methods.perturbed_point import perturbed
 
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 MATRIX = np.array([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
@@ -108,6 +109,138 @@ def test_the_penalty_is_of_the_gradient_norm(share):
   grad_fn = conadv.sam(quadratic, RADIUS, penalty=share)
   _, grads, _ = grad_fn.value_and_grad(params, grad_fn.init(params, []), center)
   chex.assert_trees_all_close(grads, jax.grad(penalized)(params), **CLOSE)
+
+
+LEAVES = (slice(0, 1), slice(1, 3))
+MOVES = np.array([True, False, True])
+
+
+def sharp_point(w, g, form):
+  """Where the second gradient is taken, one leaf or one element at a time."""
+  move = np.zeros(3)
+  if form == 'layer':
+    for leaf in LEAVES:
+      move[leaf] = np.linalg.norm(w[leaf]) * g[leaf] / np.linalg.norm(g[leaf])
+    move /= np.linalg.norm(w)
+  elif form == 'element':
+    move = w**2 * g / np.sqrt(np.sum((w * g) ** 2))
+  else:
+    move = g / np.sqrt(np.sum(g**2))
+  if form == 'masked':
+    move[~MOVES] = 0
+  return w + RADIUS * move
+
+
+@pytest.mark.parametrize(
+  ('form', 'arguments'),
+  [
+    ('layer', {'adaptive': 'layer'}),
+    ('element', {'adaptive': 'element'}),
+    ('masked', {'mask': {'a': True, 'b': np.array([False, True])}}),
+    ('plain', {'gap_weight': 0.4}),
+    ('layer', {'adaptive': 'layer', 'gap_weight': 0.4, 'every': 2}),
+  ],
+)
+def test_forms_of_sam_in_numpy(form, arguments):
+  centers = np.random.default_rng(1).normal(size=(4, 3))
+  w = np.array([1.0, -2.0, 0.5])
+  grad_fn = conadv.sam(quadratic, RADIUS, **arguments)
+  params = tree_of(w)
+  state = grad_fn.init(params, [])
+  step = jax.jit(grad_fn.value_and_grad)
+  for t, center in enumerate(centers):
+    _, grads, state = step(
+      params, state, jnp.asarray(center[None], jnp.float32)
+    )
+    params = optax.tree.add_scale(params, -RATE, grads)
+    g = MATRIX @ (w - center)
+    if t % arguments.get('every', 1) == 0:
+      sharp = MATRIX @ (sharp_point(w, g, form) - center)
+      kept = sharp - g * (sharp @ g) / (g @ g)
+    else:
+      sharp = g + 0.7 * kept * np.linalg.norm(g) / np.linalg.norm(kept)
+    beside = g - sharp * (g @ sharp) / (sharp @ sharp)
+    w = w - RATE * (sharp - arguments.get('gap_weight', 0.0) * beside)
+  chex.assert_trees_all_close(params, tree_of(w), **CLOSE)
+
+
+def test_the_forms_move_as_far_as_they_say():
+  key = jax.random.key(0)
+  params = {'a': jnp.ones((3, 2)), 'b': jnp.zeros(2), 'c': jnp.full(4, 3.0)}
+  gradient = optax.tree.random_like(key, params)
+
+  def moved(**kwargs):
+    point = perturbed(params, gradient, 0.5, **kwargs)
+    return optax.tree.sub(point, params)
+
+  layers = moved(adaptive='layer')
+  np.testing.assert_allclose(optax.tree.norm(layers), 0.5, rtol=1e-5)
+  np.testing.assert_allclose(
+    optax.tree.norm(layers['c']) / optax.tree.norm(layers['a']),
+    np.sqrt(36 / 6),
+    rtol=1e-5,
+  )
+  for adaptive in ('layer', 'element'):
+    # What weighs nothing stays, and so does all without a gradient.
+    chex.assert_trees_all_equal(moved(adaptive=adaptive)['b'], jnp.zeros(2))
+    still = perturbed(
+      params, optax.tree.zeros_like(gradient), 0.5, adaptive=adaptive
+    )
+    chex.assert_trees_all_equal(still, params)
+
+
+def test_a_mask_may_be_a_function_a_tree_or_a_prefix():
+  params, batch = make_params(), make_regression(0)
+
+  def gradient(**kwargs):
+    grad_fn = conadv.sam(plain_loss, 0.3, **kwargs)
+    return grad_fn.value_and_grad(params, grad_fn.init(params, []), batch)[1]
+
+  everywhere = gradient()
+  chex.assert_trees_all_equal(gradient(mask=True), everywhere)
+  weights = gradient(mask=conadv.exclude_norm_and_bias)
+  tree = {'dense': True, 'head': {'kernel': True}, 'norm': False}
+  arrays = jax.tree.map(lambda x: jnp.full(x.shape, x.ndim > 1), params)
+  for mask in (tree, arrays, lambda params: tree):
+    chex.assert_trees_all_equal(gradient(mask=mask), weights)
+  assert optax.tree.norm(optax.tree.sub(weights, everywhere)) > 1e-3
+  # Without a perturbation the second gradient is the first.
+  first = jax.grad(plain_loss)(params, batch)
+  chex.assert_trees_all_close(gradient(mask=False), first, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('mask', 'kind', 'says'),
+  [
+    (1.0, TypeError, 'Given a leaf float'),
+    (lambda params: params, TypeError, 'lambda m: m > 0'),
+    ({'a': True, 'b': np.ones(3, bool)}, ValueError, r'bool\[3\] for float32'),
+  ],
+)
+def test_a_mask_that_is_none(mask, kind, says):
+  grad_fn = conadv.sam(quadratic, 0.1, mask=mask)
+  params = tree_of(np.ones(3))
+  with pytest.raises(kind, match=says):
+    grad_fn.value_and_grad(params, grad_fn.init(params, []), jnp.ones((1, 3)))
+
+
+def test_float32_parameters_keep_the_move_that_bfloat16_loses():
+  """As the docstring has it, with a tenth of the weights and their radius."""
+  keys = jax.random.split(jax.random.key(0))
+  size, radius = 1_000_000, 0.05 * 0.1**0.5
+  w = 0.02 * jax.random.normal(keys[0], (size,))
+  g = jax.random.normal(keys[1], (size,))
+
+  def along(params):
+    short = params.astype(jnp.bfloat16).astype(jnp.float32)
+    point = perturbed(params, g, radius).astype(jnp.bfloat16)
+    move = point.astype(jnp.float32) - short
+    return jnp.mean(move != 0), move @ g / jnp.linalg.norm(g) / radius
+
+  share, length = along(w.astype(jnp.bfloat16))
+  np.testing.assert_allclose((share, length), (0.18, 0.43), atol=0.01)
+  share, length = along(w)
+  np.testing.assert_allclose((share, length), (0.27, 1.0), atol=0.01)
 
 
 def make_conadv(staleness=1):
@@ -279,18 +412,22 @@ def test_on_devices_each_perturbs_by_its_own_gradient(every):
     chex.assert_trees_all_close(state.direction.value, stacked, **CLOSE)
 
 
-@pytest.mark.parametrize('every', [1, 3])
-def test_with_an_axis_devices_perturb_as_one(every):
-  together = conadv.sam(plain_loss, 0.2, every=every, axis='data')
+@pytest.mark.parametrize(
+  'kwargs',
+  [{'every': 1}, {'every': 3}, {'adaptive': 'layer', 'gap_weight': 0.5}],
+)
+def test_with_an_axis_devices_perturb_as_one(kwargs):
+  every = kwargs.get('every', 1)
+  together = conadv.sam(plain_loss, 0.2, axis='data', **kwargs)
   got, state = run(conadv.data_parallel(together, make_mesh()))
-  whole, expected = run(conadv.sam(plain_loss, 0.2, every=every))
+  whole, expected = run(conadv.sam(plain_loss, 0.2, **kwargs))
   chex.assert_trees_all_close(got, whole, **CLOSE)
   if every > 1:
     chex.assert_trees_all_close(
       state.direction, expected.direction.value, **CLOSE
     )
   alone, _ = run(
-    conadv.data_parallel(conadv.sam(plain_loss, 0.2, every=every), make_mesh())
+    conadv.data_parallel(conadv.sam(plain_loss, 0.2, **kwargs), make_mesh())
   )
   difference = optax.tree.norm(optax.tree.sub(alone, whole))
   assert difference > 1e-3, 'Otherwise this could not tell the two apart.'
@@ -367,6 +504,8 @@ def test_the_second_pass_attacks_nothing():
     ({'penalty': -0.1}, ('`penalty`', '-0.1')),
     ({'penalty': float('nan')}, ('`penalty`', 'nan')),
     ({'reuse_weight': -1.0}, ('`reuse_weight`',)),
+    ({'gap_weight': -1.0}, ('`gap_weight`',)),
+    ({'adaptive': 'layers'}, ('`adaptive`', "'layer' or 'element'")),
   ],
 )
 def test_wrong_arguments(arguments, parts):

@@ -302,6 +302,9 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
       'radius': 0.05,
       'every': 2,
       'penalty': 0.8,
+      'adaptive': 'layer',
+      'mask': conadv.exclude_norm_and_bias,
+      'gap_weight': 0.2,
     },
   },
   'scale_by_gsnr': {
