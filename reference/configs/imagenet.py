@@ -79,6 +79,7 @@ def make_config(
         'filters': 64,
         'block': 'bottleneck',
         'stem': 'imagenet',
+        'padding': 'symmetric',  # as in PyTorch; or same
         'dtype': 'bfloat16',
       },
       'attack': {

@@ -40,7 +40,7 @@ class PlainBlock(nn.Module):
   Attributes:
     filters: channels of the result.
     stride: of the convolution; H' = H / stride.
-    conv: factory of convolutions.
+    conv: factory of convolutions, padded as 3x3 ones are.
     norm: factory of norm layers.
   """
 
@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
   Attributes:
     filters: channels of the result.
     stride: of the first convolution; H' = H / stride.
-    conv: factory of convolutions.
+    conv: factory of convolutions, padded as 3x3 ones are.
     norm: factory of norm layers.
   """
 
@@ -80,7 +80,9 @@ class BasicBlock(nn.Module):
     y = self.conv(self.filters, (3, 3))(y)
     y = self.norm(scale_init=nn.initializers.zeros)(y)
     if x.shape != y.shape:
-      x = self.conv(self.filters, (1, 1), strides, name='shortcut')(x)
+      x = self.conv(
+        self.filters, (1, 1), strides, padding='VALID', name='shortcut'
+      )(x)
       x = self.norm(name='shortcut_norm')(x)
     return nn.relu(x + y)
 
@@ -91,7 +93,7 @@ class BottleneckBlock(nn.Module):
   Attributes:
     filters: channels of the 3x3 convolution, a quarter of the result's.
     stride: of the 3x3 convolution (v1.5); H' = H / stride.
-    conv: factory of convolutions.
+    conv: factory of convolutions, padded as 3x3 ones are.
     norm: factory of norm layers.
   """
 
@@ -104,12 +106,15 @@ class BottleneckBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """The block's output for `x`."""
     strides = (self.stride, self.stride)
-    y = nn.relu(self.norm()(self.conv(self.filters, (1, 1))(x)))
+    y = self.conv(self.filters, (1, 1), padding='VALID')(x)
+    y = nn.relu(self.norm()(y))
     y = nn.relu(self.norm()(self.conv(self.filters, (3, 3), strides)(y)))
-    y = self.conv(4 * self.filters, (1, 1))(y)
+    y = self.conv(4 * self.filters, (1, 1), padding='VALID')(y)
     y = self.norm(scale_init=nn.initializers.zeros)(y)
     if x.shape != y.shape:
-      x = self.conv(4 * self.filters, (1, 1), strides, name='shortcut')(x)
+      x = self.conv(
+        4 * self.filters, (1, 1), strides, padding='VALID', name='shortcut'
+      )(x)
       x = self.norm(name='shortcut_norm')(x)
     return nn.relu(x + y)
 
@@ -119,6 +124,9 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
   'basic': BasicBlock,
   'bottleneck': BottleneckBlock,
 }
+# Of 3x3 windows. They differ where the stride is 2 and the side even: the one
+# pads at its end alone, the other, PyTorch's, on both.
+PADDINGS: dict[str, Any] = {'same': 'SAME', 'symmetric': ((1, 1), (1, 1))}
 
 
 class ResNet(nn.Module):
@@ -136,6 +144,7 @@ class ResNet(nn.Module):
     stem: 'imagenet' (7x7 of stride 2 and a pool of stride 2), 'small' (3x3) or
       'strided' (3x3 of stride 2).
     dtype: of the computation between input and logits.
+    padding: of 3x3 windows, 'same' or 'symmetric', as in PyTorch.
   """
 
   num_classes: int
@@ -144,12 +153,15 @@ class ResNet(nn.Module):
   block: str
   stem: str
   dtype: Any
+  padding: str = 'same'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Logits (B, num_classes) of images (B, H, W, C), any float dtype."""
+    padding = PADDINGS[self.padding]
     conv = functools.partial(
       nn.Conv,
+      padding=padding,
       use_bias=False,
       dtype=self.dtype,
       kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
@@ -165,7 +177,7 @@ class ResNet(nn.Module):
     if self.stem == 'imagenet':
       x = conv(self.filters, (7, 7), (2, 2), padding=3, name='stem')(x)
       x = nn.relu(norm(name='stem_norm')(x))
-      x = nn.max_pool(x, (3, 3), (2, 2), padding='SAME')
+      x = nn.max_pool(x, (3, 3), (2, 2), padding=padding)
     else:
       strides = (2, 2) if self.stem == 'strided' else (1, 1)
       x = conv(self.filters, (3, 3), strides, name='stem')(x)

@@ -26,7 +26,7 @@ from reference.command import Mistake
 from reference.data import named
 from reference.run import models
 
-_OF_RESNET = ('stage_sizes', 'filters', 'block', 'stem', 'dtype')
+_OF_RESNET = ('stage_sizes', 'filters', 'block', 'stem', 'dtype', 'padding')
 _KEPT = ('params', 'batch_stats')
 
 

@@ -101,6 +101,8 @@ def make_model(
     block=config.model.block,
     stem=config.model.stem,
     dtype=jnp.dtype(config.model.dtype),
+    # A config of before has none.
+    padding=config.model.get('padding', 'same'),
   )
 
 
