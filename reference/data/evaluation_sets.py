@@ -5,6 +5,7 @@ of classes alone, as ImageNet-C and ImageNet-Sketch do. ImageNet-V2's folders
 are numbers, which count the classes in their order.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from reference.command import Mistake
-from reference.data import shards, sources
+from reference.data import jpeg, shards, sources
 from reference.data.wording import some
 
 
@@ -65,6 +66,25 @@ def _places(
   )
 
 
+def _check_channels(
+  source: sources.Source, config: ml_collections.ConfigDict
+) -> None:
+  """The model takes as many channels as the images have."""
+  wanted = len(config.mean)
+  for record in source.held_out:
+    # Which cannot be read is told when all are.
+    with contextlib.suppress(jpeg.BadImageError):
+      found = source.read(record)[0].shape[-1]
+      if found != wanted:
+        raise Mistake(
+          'A model takes images of as many channels as its `data.mean` has '
+          f'values, {wanted}. Given {found}: files are read as RGB. Likely the '
+          'model was trained on grey arrays: leave out `--data`, which takes '
+          'the held-out images of its run.'
+        )
+      return
+
+
 def _open(folder: str, config: ml_collections.ConfigDict) -> sources.Source:
   if not folder:
     return sources.open_source(config)
@@ -99,6 +119,7 @@ def open_set(
       the model does not know.
   """
   source = _open(folder, config)
+  _check_channels(source, config)
   places, notes = _places(source.classes, classes, folder)
   # Records of one's own, and those of shards, do not tell their labels.
   is_own = not folder and ':' in config.source

@@ -66,4 +66,4 @@ def draw(path: Path, sections: Mapping[str, Sequence[Example]]) -> None:
         **below,
       )
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=130)
+  figure.savefig(path, dpi=130, bbox_inches='tight', pad_inches=0.15)

@@ -12,7 +12,9 @@ from reference.data import evaluation_sets, jpeg
 
 # The model knows one more, which shifts the labels of all after it.
 KNOWN = ('n01', 'n01.5', 'n02', 'n10')
-NO_CONFIG = ml_collections.ConfigDict({'source': 'jpeg_folder', 'folder': ''})
+NO_CONFIG = ml_collections.ConfigDict(
+  {'source': 'jpeg_folder', 'folder': '', 'mean': (0.5, 0.5, 0.5)}
+)
 
 
 def write(folder, counts):
@@ -83,7 +85,7 @@ def test_numbers_that_the_model_knows_are_names(tmp_path):
 
 
 def test_images_of_the_run_itself():
-  config = ml_collections.ConfigDict({'source': 'digits'})
+  config = ml_collections.ConfigDict({'source': 'digits', 'mean': (0.5,)})
   images = evaluation_sets.open_set('', tuple('0123456789'), config)
   assert len(images.source.held_out) == 360
   assert images.labels == list(range(10))
@@ -97,6 +99,16 @@ def test_classes_that_the_model_does_not_know(tmp_path):
   folder = write(tmp_path / 'v2', {'0': 1, '4': 1})
   with pytest.raises(Mistake, match=r'does not know 0, 4'):
     evaluation_sets.open_set(folder, KNOWN, NO_CONFIG)
+
+
+def test_files_are_no_grey_images(tmp_path):
+  folder = write(tmp_path / 'rgb', {'n01': 2})
+  (tmp_path / 'rgb' / 'n01' / '0.jpg').write_bytes(b'damaged')
+  config = ml_collections.ConfigDict({**NO_CONFIG, 'mean': (0.5,)})
+  with pytest.raises(
+    Mistake, match=r'values, 1\. Given 3: .*leave out `--data`'
+  ):
+    evaluation_sets.open_set(folder, KNOWN, config)
 
 
 def test_what_is_no_folder(tmp_path):

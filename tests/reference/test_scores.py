@@ -88,7 +88,9 @@ def test_the_classes_are_the_rows_of_the_confusion_matrix():
     assert counts == sorted(counts, reverse=True)
     others = {x: int(n) for x, n in enumerate(row) if n and x != score.label}
     assert dict(score.taken_for) == others
-  assert scores.in_words([(2, 5), (0, 1), (1, 1)], 'abc', shown=2) == 'c (5), a (1)'
+  assert (
+    scores.in_words([(2, 5), (0, 1), (1, 1)], 'abc', shown=2) == 'c (5), a (1)'
+  )
 
 
 def test_classes_without_images_are_no_rows():

@@ -1,5 +1,7 @@
 """Models as a user of the pipeline writes them, and what is no model."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
@@ -28,20 +30,20 @@ def vit(*, num_classes, width=8):
 
 
 class Grouped(nnx.Module):
-  """Convolutions and GroupNorm, with a list of layers."""
+  """A list of convolutions and a norm layer, for images of 8 pixels."""
 
-  def __init__(self, num_classes, *, norm, rngs):
+  def __init__(self, num_classes, *, norm, rngs, channels=1):
     self.convs = nnx.List(
-      [nnx.Conv(n, 4, (3, 3), (2, 2), rngs=rngs) for n in (1, 4)]
+      [nnx.Conv(n, 4, (3, 3), (2, 2), rngs=rngs) for n in (channels, 4)]
     )
     self.norm = norm(4, rngs=rngs)
     self.dropout = nnx.Dropout(0.3, rngs=rngs)
-    self.head = nnx.Linear(4, num_classes, rngs=rngs)
+    self.head = nnx.Linear(16, num_classes, rngs=rngs)
 
   def __call__(self, x):
     for conv in self.convs:
       x = nnx.relu(conv(x))
-    return self.head(self.dropout(self.norm(x)).mean(axis=(1, 2)))
+    return self.head(self.dropout(self.norm(x)).reshape(x.shape[0], -1))
 
 
 def grouped(*, num_classes, rngs):
@@ -51,8 +53,9 @@ def grouped(*, num_classes, rngs):
   return Grouped(num_classes, norm=norm, rngs=rngs)
 
 
-def batch_normed(*, num_classes, rngs):
-  return Grouped(num_classes, norm=nnx.BatchNorm, rngs=rngs)
+def batch_normed(*, num_classes, rngs, channels=1):
+  norm = functools.partial(nnx.BatchNorm, momentum=0.9)
+  return Grouped(num_classes, norm=norm, rngs=rngs, channels=channels)
 
 
 class Counting(nn.Module):

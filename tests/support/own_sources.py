@@ -43,6 +43,16 @@ def generated(config):
   return sources.Source(range(8), range(8, 12), list(CLASSES), read, 'mine')
 
 
+def coloured_digits(config):
+  """The digits as RGB."""
+  grey = sources.digits()
+  train, held_out = (
+    [(np.repeat(image, 3, axis=2), label) for image, label in split]
+    for split in (grey.train, grey.held_out)
+  )
+  return sources.Source(train, held_out, grey.classes)
+
+
 def in_floats(config):
   return sources.Source([(np.zeros((8, 8, 3)), 0)], [0], CLASSES)
 
