@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -112,6 +113,18 @@ def _unpack(packed: tuple[Element, jpeg.Skipped]) -> Piece:
   return rows, skipped
 
 
+def _leave_signals_to_the_run() -> None:
+  """Blocks them in this thread, which is Grain's, and in what it starts.
+
+  A scheduler or a terminal sends them to all processes, and the run needs one
+  more batch to stop at the end of a step.
+  """
+  signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RUN)
+  # It unblocks some of them as it starts.
+  resource_tracker.ensure_running()
+  signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RUN)
+
+
 class _Batches(grain.DatasetIterator):
   """The rows of pieces, in their order, in batches.
 
@@ -135,10 +148,7 @@ class _Batches(grain.DatasetIterator):
 
   def __next__(self) -> Element:
     if self._pieces is None:
-      # A scheduler or a terminal sends them to all processes, and this one
-      # needs one more batch to stop at the end of a step. Workers inherit this
-      # from the thread that starts them, which is Grain's.
-      signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_RUN)
+      _leave_signals_to_the_run()
       self._pieces = self._open_pieces(self._piece)
     rows: list[Element] = []
     while missing := self._batch_size - len(rows):

@@ -98,6 +98,22 @@ def test_workers_make_the_same_batches_and_states(caplog):
   )
 
 
+def test_workers_leave_signals_to_the_run():
+  """From their first instruction on, while they still load modules."""
+  batches = input_pipeline.train_batches(
+    telling_source(), make_config(workers=2), skipped={}
+  )
+  try:
+    next(batches)
+    for worker in multiprocessing.active_children():
+      status = Path(f'/proc/{worker.pid}/status').read_text()
+      blocked = int(re.search(r'SigBlk:\s*(\w+)', status)[1], 16)
+      for number in (1, 2, 10, 15):
+        assert blocked >> (number - 1) & 1, number
+  finally:
+    batches.close()
+
+
 def test_hosts_have_workers_of_their_own():
   source = telling_source(bad=())
   alone, _ = take(source, make_config(), 4)
