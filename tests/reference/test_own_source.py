@@ -1,6 +1,8 @@
 """Images of the user's own, which a config names."""
 
 import itertools
+import re
+from pathlib import Path
 
 import ml_collections
 import pytest
@@ -95,3 +97,20 @@ def test_a_function_that_reads():
 def test_what_is_no_source(name, message):
   with pytest.raises(Mistake, match=message):
     sources.open_source(ml_collections.ConfigDict(make_config(name).data))
+
+
+def test_the_sources_of_the_readme(tmp_path, monkeypatch):
+  readme = (Path(checks.__file__).parents[1] / 'README.md').read_text()
+  section = readme.partition('## Images of your own kind')[2]
+  section = section.partition('\n## ')[0]
+  blocks = re.findall('```python\n(.*?)```', section, re.S)
+  (tmp_path / 'my_data.py').write_text('\n\n'.join(blocks))
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in ('squares', 'generated'):
+    config = make_config('')
+    config.data.source = f'my_data:{name}'
+    source, skipped, train, held_out = take(config, batches=2)
+    assert len(source.classes) == 2
+    assert skipped == {}
+    assert len(train) == 8
+    assert len(held_out) == len(source.held_out) == 100
