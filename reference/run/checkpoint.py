@@ -13,7 +13,8 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from reference.run import agreement, hosts, step
+from reference import command
+from reference.run import agreement, hosts, step, storage
 
 
 def fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def restore(
     checkpoint.
 
   Raises:
-    ValueError: when there are checkpoints and none can be read. They stay.
+    Mistake: when there are checkpoints and none can be read. They stay.
   """
   folder = _folder(workdir)
   numbers = _steps(workdir)
@@ -240,7 +241,7 @@ def restore(
         break
       damaged[number] = reasons[0]
   if len(damaged) == len(numbers):
-    raise ValueError(
+    raise command.Mistake(
       f'To resume, one checkpoint must be whole. {folder} holds '
       f'{len(numbers)}, and none can be read:\n'
       + '\n'.join(f'  step {key}: {why}' for key, why in damaged.items())
@@ -267,19 +268,6 @@ def restore(
 
 
 @contextlib.contextmanager
-def _explained(manager: ocp.CheckpointManager) -> Iterator[None]:
-  try:
-    yield
-  except Exception as error:
-    folder = manager.directory
-    raise OSError(
-      f'A checkpoint could not be written to {folder}: {error}\nLikely the '
-      f'disk is full: `df -h {folder}`. The older checkpoints are whole; make '
-      'room, and the same command resumes from the newest of them.'
-    ) from error
-
-
-@contextlib.contextmanager
 def open_manager(
   workdir: Path, *, keep: int
 ) -> Iterator[ocp.CheckpointManager]:
@@ -294,7 +282,7 @@ def open_manager(
       is whole.
 
   Raises:
-    OSError: when a checkpoint could not be written.
+    Mistake: when the storage did not take a checkpoint.
   """
   manager = ocp.CheckpointManager(
     _folder(workdir),
@@ -306,7 +294,7 @@ def open_manager(
   try:
     yield manager
   finally:
-    with _explained(manager):
+    with storage.explained(manager.directory):
       manager.close()
 
 
@@ -314,9 +302,9 @@ def finish(manager: ocp.CheckpointManager) -> None:
   """Waits until what was saved is whole.
 
   Raises:
-    OSError: when it could not be written.
+    Mistake: when the storage did not take it.
   """
-  with _explained(manager):
+  with storage.explained(manager.directory):
     manager.wait_until_finished()
 
 
@@ -332,9 +320,9 @@ def save(
   Files are written while the run goes on.
 
   Raises:
-    OSError: when the checkpoint before could not be written.
+    Mistake: when the storage did not take the checkpoint before.
   """
-  with _explained(manager):
+  with storage.explained(manager.directory):
     manager.save(
       int(state.step),
       args=ocp.args.Composite(

@@ -6,14 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from reference import command
 
 _PACKAGES = (
   'jax',
@@ -47,11 +47,11 @@ def start(
     process_id: which this is, from 0.
 
   Raises:
-    ValueError: when the flags do not belong together.
+    Mistake: when the flags do not belong together.
   """
   by_hand = (coordinator, num_processes, process_id)
   if distributed and by_hand != (None, None, None):
-    raise ValueError(
+    raise command.Mistake(
       '`--distributed` finds the other processes by itself. Given also '
       '`--coordinator`, `--num_processes` or `--process_id`: leave out either.'
     )
@@ -59,7 +59,7 @@ def start(
     jax.distributed.initialize(local_device_ids=_local_devices())
   elif by_hand != (None, None, None):
     if None in by_hand:
-      raise ValueError(
+      raise command.Mistake(
         'Without `--distributed` a process must be told three things. Given '
         f'coordinator={coordinator!r}, num_processes={num_processes!r} and '
         f'process_id={process_id!r}. Write on the second of two hosts '
@@ -153,71 +153,13 @@ def check_alike(fields: dict[str, Any]) -> None:
     fields: what must be the same everywhere, by name.
 
   Raises:
-    ValueError: on every process, naming those that differ, and in what.
+    Mistake: on every process, naming those that differ, and in what.
   """
   lines = differences(gather(fields))
   if lines:
-    raise ValueError(
+    raise command.Mistake(
       'All processes must have the same config, data, code and versions.\n'
       + '\n'.join(lines)
       + '\nLikely the code was copied, or the command changed, on some hosts '
       'alone: copy it to all and give all the same command.'
-    )
-
-
-def _make_as_orbax_does(folder: Path) -> str:
-  """Makes a folder with a file in it, under another name that it then changes.
-
-  Returns:
-    What went wrong and how to mend it; empty where nothing did.
-  """
-  unfinished = folder.with_name(f'{folder.name}.unfinished')
-  try:
-    unfinished.mkdir(parents=True)
-    (unfinished / 'file').touch()
-  except OSError as error:
-    return (
-      f'The work folder must be writable. Given {folder.parent}: {error}. '
-      'Likely root mounted the storage and owns it, run on every host '
-      '`sudo chown "$USER" /mnt/runs`; or the path is mistyped, `--workdir=`.'
-    )
-  try:
-    unfinished.rename(folder)
-  except OSError as error:
-    return (
-      'The work folder must lie where folders that hold files can be renamed, '
-      f'as that is how a checkpoint becomes whole. Given {folder.parent}: '
-      f'{error}. Likely it is a mounted bucket whose namespace is flat: take '
-      'NFS, or make another bucket, `gcloud storage buckets create gs://NAME '
-      '--location=REGION --uniform-bucket-level-access '
-      '--enable-hierarchical-namespace`.'
-    )
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
-  return ''
-
-
-def check_shared(folder: Path) -> None:
-  """Makes a folder, and refuses one that cannot hold checkpoints of all.
-
-  Raises:
-    ValueError: on every process, when the first cannot write there or rename
-      what it wrote, or naming those that do not see it.
-  """
-  probe = folder / f'.seen_by_all_{gather(uuid.uuid4().hex)[0]}'
-  failure = gather(_make_as_orbax_does(probe) if is_first() else '')[0]
-  if failure:
-    raise ValueError(failure)
-  # Path.exists raises where a folder on the way may not be read.
-  seen = gather(os.path.exists(probe))
-  if is_first():
-    shutil.rmtree(probe)
-  if not all(seen):
-    blind = [index for index, sees in enumerate(seen) if not sees]
-    raise ValueError(
-      'The work folder must lie on storage that all hosts share, as each '
-      f'writes its part of a checkpoint. {folder} of process 0 is not seen by '
-      f'process(es) {blind}. Likely it is a local disk: mount a file share on '
-      'every host, `sudo mount ADDRESS:/runs /mnt/runs`, and take '
-      '`--workdir=/mnt/runs/1`.'
     )

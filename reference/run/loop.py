@@ -9,12 +9,17 @@ import jax
 import ml_collections
 import tqdm
 
+from reference import command
 from reference.data import jpeg
-from reference.run import hosts, metrics, step
+from reference.run import hosts, metrics, step, storage
 
 # An average over steps already, which may be infinite: where the gradient is
 # lost in the noise.
 _RUNNING = ('noise_scale',)
+
+
+class Diverged(command.Mistake, FloatingPointError):
+  """A loss or a norm that is no longer finite."""
 
 
 def fetch(
@@ -23,8 +28,8 @@ def fetch(
   """Reads the metrics of a step from the device, once it has run.
 
   Raises:
-    FloatingPointError: when one is infinite or not a number, which stops a run
-      before what has diverged is saved.
+    Diverged: when one is infinite or not a number, which stops a run before
+      what has diverged is saved.
   """
   read = {name: float(x) for name, x in jax.device_get(values).items()}
   bad = {
@@ -33,7 +38,7 @@ def fetch(
     if not math.isfinite(x) and name not in _RUNNING
   }
   if bad:
-    raise FloatingPointError(
+    raise Diverged(
       f'Losses and norms must stay finite. At step {done}: {bad}. Likely the '
       'learning rate is too high or its warm-up too short: lower '
       '`--config.lars.peak`, raise `--config.lars.warmup_epochs`, and take '
@@ -137,7 +142,8 @@ def run_steps(
         row |= evaluation(state)
         if hosts.is_first():
           bar.write(metrics.describe(row))
-      metrics.add(record, row)
+      with storage.explained(workdir):
+        metrics.add(record, row)
       if save_now or stop_now:
         save(state)
       if stop_now:

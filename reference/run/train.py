@@ -32,6 +32,7 @@ from reference.run import (
   step,
   stopping,
 )
+  storage,
 
 
 def make_mesh(batch_size: int, *, accumulate: int = 1) -> Mesh:
@@ -274,10 +275,9 @@ def train(
     The last row of the metrics: held-out accuracy and all else by name.
 
   Raises:
-    ValueError: for a config that cannot run, or a work folder of another, or
-      where another run is.
+    Mistake: for a config that cannot run, for a work folder of another, or
+      where another run is, or that cannot be written to.
     FloatingPointError: when a loss or a norm is no longer finite.
-    OSError: when a checkpoint cannot be written.
     SystemExit: with status 128 plus the number of the signal that stopped the
       run, once the step under way is done and saved.
   """
@@ -296,7 +296,7 @@ def train(
   skipped: jpeg.Skipped = {}
   held_out_skipped: jpeg.Skipped = {}
   with contextlib.ExitStack() as stack:
-    hosts.check_shared(workdir)
+    storage.check_shared(workdir)
     held = stack.enter_context(lock.hold(workdir))
     stop = stack.enter_context(stopping.watch(held.release))
     checkpoint.check_config(workdir, config, accept=accept)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
 FLAGS = [
+  f'--config={ROOT}/reference/configs/digits.py',
   '--config.batch_size=16',
   '--config.epochs=0.8',  # 72 steps
   '--config.lars.warmup_epochs=0.1',
@@ -266,7 +267,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
 
   result = start('-m', 'reference.main', *flags, preexec_fn=limit)
   assert result.returncode not in (0, -signal.SIGXFSZ)
-  assert 'A checkpoint could not be written to' in result.stderr
+  assert f'could not write to {tmp_path}/checkpoints: File' in result.stderr
   assert 'Likely the disk is full' in result.stderr
   assert f'{number} of 72 steps done' in result.stdout
   assert steps_saved(tmp_path) == [number]
