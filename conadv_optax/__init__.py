@@ -38,6 +38,7 @@ from conadv_optax.methods.batch_augment import batch_augment
 from conadv_optax.methods.extrapolate import ExtrapolateState, extrapolate
 from conadv_optax.methods.fast_advprop import fast_advprop
 from conadv_optax.methods.sam import SamState, sam
+from conadv_optax.methods.sparse_sam import SparseSamState, sparse_sam
 from conadv_optax.optimizers.adaptive_multi_steps import (
   AdaptiveMultiStepsState,
   adaptive_multi_steps,
@@ -80,6 +81,7 @@ __all__ = [
   'Queue',
   'SamState',
   'Sharpness',
+  'SparseSamState',
   'StalenessReport',
   'absa',
   'accumulate',
@@ -112,6 +114,7 @@ __all__ = [
   'scale_by_gsnr',
   'scale_learning_rate',
   'sharpness',
+  'sparse_sam',
   'staleness_report',
   'wrap',
 ]

@@ -75,10 +75,20 @@ _STEPS: dict[Adaptive, Callable[[Any, Any], Any]] = {
 
 def mean_over(axis: Axis, tree: Any, method: str) -> Any:
   """The mean over the devices of `axis`, of one device where it is None."""
+  return _across(jax.lax.pmean, axis, tree, method)
+
+
+def shared_key(axis: Axis, key: jax.Array, method: str) -> jax.Array:
+  """One key for all devices of `axis`, whose own differ."""
+  raw_key = _across(jax.lax.pmax, axis, jax.random.key_data(key), method)
+  return jax.random.wrap_key_data(raw_key, impl=jax.random.key_impl(key))
+
+
+def _across(reduce: Callable[..., Any], axis: Axis, x: Any, method: str) -> Any:
   if axis is None:
-    return tree
+    return x
   try:
-    return jax.lax.pmean(tree, axis)
+    return reduce(x, axis)
   except NameError as error:
     raise ValueError(
       '`axis` names the axis of a mesh over which devices perturb together. '

@@ -120,9 +120,9 @@ def sam(
   adaptive SAM, without the constant that its authors add to :math:`|w|`. In
   both, weights of zero stay. Sparse SAM has a mask :math:`m`, 1 where a
   parameter moves; the norm is that of the whole gradient. Dense code gets no
-  faster by it.
+  faster by it. `sparse_sam` finds a mask while training.
 
-  GSAM takes the part of the gradient that is orthogonal to the second one off,
+  GSAM subtracts the part of the gradient that is orthogonal to the second one:
 
   .. math::
 
@@ -147,7 +147,7 @@ def sam(
     mask: :math:`m`, a tree of bools, or of arrays of bools, like the parameters
       (a prefix will do), or a function of the parameters that returns one.
       `conadv.exclude_norm_and_bias` fits. None perturbs all.
-    gap_weight: :math:`\alpha_g` of GSAM. None does not take it.
+    gap_weight: :math:`\alpha_g` of GSAM. None subtracts nothing.
     axis: the axis of the mesh whose devices perturb together, by the mean of
       their gradients, which is sent once more for that (twice with
       `every > 1`); inside `data_parallel` over that axis. None: each device,

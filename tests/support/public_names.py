@@ -318,6 +318,22 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
   'sharpness': {
     'net': {**_NET, 'radius': 0.1, 'key': jax.random.key(0), 'steps': 2}
   },
+  'sparse_sam': {
+    'staleness-3-fisher': {
+      'grad_fn': _WRAPS['staleness-3'],
+      'radius': 0.05,
+      'refresh_every': 2,
+      'num_samples': 4,
+      'fisher': plain_loss,
+    },
+    'everything-dynamic': {
+      'grad_fn': _WRAPS['everything'],
+      'radius': 0.05,
+      'refresh_every': 2,
+      'rule': 'dynamic',
+      'drop_rate': optax.linear_schedule(0.5, 0.0, 10),
+    },
+  },
   'staleness_report': {
     'linf': {
       'grad_fn': conadv.wrap(plain_loss, attack=conadv.fgsm(0.1), inputs='x'),
