@@ -87,20 +87,27 @@ def _check_channels(
 
 def _open(folder: str, config: ml_collections.ConfigDict) -> sources.Source:
   if not folder:
+    there = config.get('folder', '')
+    if there and not Path(there).expanduser().is_dir():
+      raise Mistake(
+        f'By default the held-out images of the run are taken. They lay in '
+        f'{there}, which is not here. Likely they lie elsewhere now: '
+        '`--data=/path/to/images`.'
+      )
     return sources.open_source(config)
-  path = Path(folder)
+  path = Path(folder).expanduser()
   if not path.is_dir():
     raise Mistake(
       f'`--data` is a folder. Given {folder!r}, which is none. Likely '
       f'misspelt, or packed: `ls -l {folder}`.'
     )
   if shards.read_manifest(path) is not None:
-    return sources.array_record(folder)
+    return sources.array_record(str(path))
   if any(path.glob('*-idx3-ubyte.gz')):
-    return sources.idx_folder(folder)
+    return sources.idx_folder(str(path))
   if (path / 'train').is_dir():
-    return sources.jpeg_folder(folder)
-  return sources.class_folders(folder)
+    return sources.jpeg_folder(str(path))
+  return sources.class_folders(str(path))
 
 
 def open_set(

@@ -114,5 +114,10 @@ def test_files_are_no_grey_images(tmp_path):
 def test_what_is_no_folder(tmp_path):
   with pytest.raises(Mistake, match=r'which is none.*misspelt'):
     evaluation_sets.open_set(str(tmp_path / 'gone'), CLASSES, NO_CONFIG)
+  config = ml_collections.ConfigDict(
+    {**NO_CONFIG, 'folder': str(tmp_path / 'moved')}
+  )
+  with pytest.raises(Mistake, match=r'moved, which is not here.*--data='):
+    evaluation_sets.open_set('', CLASSES, config)
   with pytest.raises(Mistake, match=r'holds no folder'):
     evaluation_sets.open_set(str(tmp_path), CLASSES, NO_CONFIG)

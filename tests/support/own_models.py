@@ -29,6 +29,20 @@ def vit(*, num_classes, width=8):
   return ViT(num_classes, width)
 
 
+class Linear(nn.Module):
+  """A dense layer."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    return nn.Dense(self.num_classes)(images.reshape(images.shape[0], -1))
+
+
+def linear(*, num_classes):
+  return Linear(num_classes)
+
+
 class Grouped(nnx.Module):
   """A list of convolutions and a norm layer, for images of 8 pixels."""
 
