@@ -31,8 +31,8 @@ from reference.run import (
   own_model,
   step,
   stopping,
-)
   storage,
+)
 
 
 def make_mesh(batch_size: int, *, accumulate: int = 1) -> Mesh:
