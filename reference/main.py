@@ -18,6 +18,12 @@ _WORKDIR = flags.DEFINE_string(
   'The work folder: checkpoints, metrics and figure. A run resumes from what '
   'it holds. By default runs/NAME_METHOD, as the config has them.',
 )
+_INIT_FROM = flags.DEFINE_string(
+  'init_from',
+  None,
+  'A work folder or an export: a new run begins with its parameters and '
+  'statistics. A run that resumes does not read it again.',
+)
 _EXTEND = flags.DEFINE_bool(
   'extend',
   False,
@@ -75,7 +81,12 @@ def main(argv: list[str]) -> None:
     process_id=_PROCESS_ID.value,
   )
   accept = [*_ACCEPT.value, *([agreement.SCHEDULE] if _EXTEND.value else [])]
-  train.train(config, Path(workdir), accept=accept)
+  train.train(
+    config,
+    Path(workdir),
+    accept=accept,
+    init_from=Path(_INIT_FROM.value) if _INIT_FROM.value else None,
+  )
 
 
 if __name__ == '__main__':

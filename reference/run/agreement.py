@@ -33,11 +33,14 @@ class About(NamedTuple):
     dataset: the classes, the numbers of images, and the fingerprint; None in
       checkpoints of before it was kept.
     changes: what was accepted so far: the step, and [before, after] by name.
+    init_from: which model the run began with: its path, its step, and notes of
+      what it was not taken over; None where all parameters were drawn.
   """
 
   config: dict[str, Any]
   dataset: dict[str, Any] | None
   changes: list[dict[str, Any]]
+  init_from: dict[str, Any] | None = None
 
 
 def describe(source: sources.Source) -> dict[str, Any]:
@@ -84,12 +87,17 @@ def go_on(stored: About, now: About, step: int) -> About:
   if stored.dataset is not None and now.dataset is not None:
     changed |= _changed(stored.dataset, now.dataset)
   change = [{'step': step, **changed}] if changed else []
-  return now._replace(changes=stored.changes + change)
+  return now._replace(
+    changes=stored.changes + change, init_from=stored.init_from
+  )
 
 
 def lines(about: About) -> list[str]:
-  """A line for every change that a run went through."""
+  """What a run began with, and a line for every change that it went through."""
   told = []
+  if about.init_from is not None:
+    path, number = about.init_from['path'], about.init_from['step']
+    told += [f'It began with {path}, step {number}.', *about.init_from['notes']]
   for change in about.changes:
     # Class names may be a thousand.
     changed = [
@@ -160,6 +168,31 @@ def check_config(
     'A work folder belongs to one config, and resumes its run. '
     f'{workdir} holds step {step} of another:\n' + '\n'.join([*lines, advice])
   )
+
+
+def check_init_from(
+  workdir: Path, step: int, stored: About, path: Path
+) -> None:
+  """Refuses to resume a run that began with another model.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint.
+    stored: what it says.
+    path: of the model that this run is to begin with.
+
+  Raises:
+    Mistake: saying how to go on.
+  """
+  then = stored.init_from and stored.init_from['path']
+  if then != str(path.absolute()):
+    raise command.Mistake(
+      f'A run takes the parameters of another once, as it begins. {workdir} '
+      f'holds step {step} of one that began with '
+      f'{then or "parameters that were drawn"}; given `--init_from={path}`. To '
+      'resume it, leave the flag out. To begin with that model, take another '
+      f'folder: `--workdir={workdir}_2`.'
+    )
 
 
 def _count(names: Sequence[str]) -> str:

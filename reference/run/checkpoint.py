@@ -99,7 +99,10 @@ def _json_items(workdir: Path, number: int) -> dict[str, Any]:
 
 def _about(items: ocp.args.Composite) -> agreement.About:
   return agreement.About(
-    items.config, items.get('dataset'), items.get('changes') or []
+    items.config,
+    items.get('dataset'),
+    items.get('changes') or [],
+    items.get('init_from'),
   )
 
 
@@ -148,6 +151,21 @@ def check_config(
   newest = read_about(workdir)
   if newest is not None:
     agreement.check_config(workdir, *newest, comparable(config), accept)
+
+
+def check_init_from(workdir: Path, path: Path) -> None:
+  """Refuses a work folder of a run that began with another model.
+
+  Args:
+    workdir: of the run.
+    path: of the model that it is to begin with.
+
+  Raises:
+    Mistake: when the newest checkpoint is of such a run.
+  """
+  newest = read_about(workdir)
+  if newest is not None:
+    agreement.check_init_from(workdir, *newest, path)
 
 
 def check_dataset(

@@ -1,12 +1,13 @@
 """The training step: the state, the gradient of the method, the update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
@@ -47,20 +48,29 @@ def make_state(
   grad_fn: conadv.GradientFunction,
   config: ml_collections.ConfigDict,
   mesh: Mesh,
-) -> Callable[[jax.Array, list[Batch]], TrainState]:
+) -> Callable[..., TrainState]:
   """The state before the first step, to be jitted.
 
   Returns:
-    A function of `(key, first_batches)`, `grad_fn.staleness` batches as the
-    input pipeline makes them, which wait in the state that it returns.
+    A function of `(key, first_batches, start)`: `grad_fn.staleness` batches as
+    the input pipeline makes them, which wait in the state that it returns; and
+    by their path those of the model's variables that are not drawn, by default
+    none.
   """
 
-  def init_fn(key: jax.Array, first_batches: list[Batch]) -> TrainState:
+  def init_fn(
+    key: jax.Array,
+    first_batches: list[Batch],
+    start: Mapping[tuple[str, ...], jax.Array] | None = None,
+  ) -> TrainState:
     model_key, attack_key, step_key = jax.random.split(key, 3)
     size, channels = config.data.size, len(config.data.mean)
     variables = model.init(
       model_key, jnp.zeros((1, size, size, channels)), train=False
     )
+    if start:
+      drawn = traverse_util.flatten_dict(variables)
+      variables = traverse_util.unflatten_dict({**drawn, **start})
     params, model_state = variables['params'], variables.get('batch_stats', {})
     method = methods.METHODS[config.method]
     if methods.splits(config, model_state):

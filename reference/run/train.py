@@ -23,6 +23,7 @@ from reference.run import (
   checks,
   evaluation,
   hosts,
+  initial,
   lock,
   loop,
   methods,
@@ -205,6 +206,7 @@ def make_state(
   mesh: Mesh,
   first_batches: list[step.Batch],
   described: step.TrainState,
+  start: dict[tuple[str, ...], np.ndarray] | None = None,
 ) -> step.TrainState:
   """The state before the first step, on all devices, as it is described."""
   init_fn = step.make_state(model, tx, grad_fn, config, mesh)
@@ -212,7 +214,7 @@ def make_state(
   # the device and moved.
   where = jax.tree.map(lambda x: x.sharding, described)
   return jax.jit(init_fn, out_shardings=where)(
-    jax.random.key(config.seed), first_batches
+    jax.random.key(config.seed), first_batches, start
   )
 
 
@@ -262,6 +264,7 @@ def train(
   workdir: Path,
   *,
   accept: Collection[str] = (),
+  init_from: Path | None = None,
 ) -> metrics.Row:
   """Trains, from the newest checkpoint in the work folder if there is one.
 
@@ -270,6 +273,7 @@ def train(
     workdir: receives checkpoints, metrics and the figure.
     accept: what may be another than in the checkpoint, as it is on purpose:
       'schedule', 'devices', 'data'.
+    init_from: a work folder or an export, whose model a new run begins with.
 
   Returns:
     The last row of the metrics: held-out accuracy and all else by name.
@@ -284,7 +288,12 @@ def train(
   # Now, as files may change while the run goes on.
   software = hosts.software()
   hosts.check_alike(
-    {'workdir': str(workdir), **checkpoint.fields(config), **software}
+    {
+      'workdir': str(workdir),
+      'init_from': str(init_from),
+      **checkpoint.fields(config),
+      **software,
+    }
   )
   checks.check_choices(config)
   checks.check_numbers(config)
@@ -300,6 +309,8 @@ def train(
     held = stack.enter_context(lock.hold(workdir))
     stop = stack.enter_context(stopping.watch(held.release))
     checkpoint.check_config(workdir, config, accept=accept)
+    if init_from is not None:
+      checkpoint.check_init_from(workdir, init_from)
     source = sources.open_source(config.data)
     checks.check_classes(config, source.num_classes)
     dataset = agreement.describe(source)
@@ -326,9 +337,20 @@ def train(
     restored = checkpoint.restore(workdir, described, batches, software)
     about = agreement.About(checkpoint.comparable(config), dataset, [])
     if restored is None:
+      start = None
+      if init_from is not None:
+        start, origin = initial.fit(
+          init_from,
+          config,
+          source.classes,
+          make_model=lambda n: make_model(config, num_classes=n),
+        )
+        about = about._replace(init_from=origin)
       first = [place(next(batches)) for _ in range(grad_fn.staleness)]
-      state = make_state(config, model, tx, grad_fn, mesh, first, described)
-      del first
+      state = make_state(
+        config, model, tx, grad_fn, mesh, first, described, start
+      )
+      del first, start
     else:
       state, stored = restored
       about = agreement.go_on(stored, about, int(state.step))

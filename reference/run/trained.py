@@ -35,7 +35,7 @@ class Trained(NamedTuple):
     batch_stats: its statistics, likewise; {} where there are none.
     metrics: what the run measured at that step, by name.
     record: what else is known of it, as JSON has it: the images, the changes
-      that the run went through, the versions of the software.
+      that the run went through, what it began with, the versions.
   """
 
   step: int
@@ -161,6 +161,7 @@ def _load_checkpoint(path: Path, step: int | None, branch: str) -> Trained:
     {
       'dataset': about.dataset,
       'changes': about.changes,
+      'init_from': about.init_from,
       'versions': versions,
     },
   )
@@ -212,5 +213,8 @@ def _load_export(path: Path, step: int | None, branch: str) -> Trained:
     variables['params'],
     variables.get('batch_stats', {}),
     about['metrics'],
-    {name: about[name] for name in ('dataset', 'changes', 'versions')},
+    {
+      name: about[name]
+      for name in ('dataset', 'changes', 'init_from', 'versions')
+    },
   )
