@@ -23,6 +23,7 @@ _SCHEDULE_FIELDS = (
 # These say where the images lie; the fingerprint says which they are.
 _PLACES = ('data.folder',)
 _NAMED = 5
+_ABSENT = 'nothing'
 
 
 class About(NamedTuple):
@@ -43,6 +44,11 @@ class About(NamedTuple):
   init_from: dict[str, Any] | None = None
 
 
+def _count(names: Sequence[str]) -> str:
+  more = f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''
+  return f'{", ".join(names[:_NAMED])}{more}'
+
+
 def describe(source: sources.Source) -> dict[str, Any]:
   """Which images a source has, as JSON has it."""
   return {
@@ -54,18 +60,41 @@ def describe(source: sources.Source) -> dict[str, Any]:
 
 
 def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-  absent = 'nothing'
   return {
-    name: [then.get(name, absent), now.get(name, absent)]
+    name: [then.get(name, _ABSENT), now.get(name, _ABSENT)]
     for name in sorted(then.keys() | now.keys())
-    if then.get(name, absent) != now.get(name, absent)
+    if then.get(name, _ABSENT) != now.get(name, _ABSENT)
+  }
+
+
+def _with_later_fields(
+  stored: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+  """A stored config, with what its run did where it had no field for that."""
+  later = {
+    'attack.label_smoothing': stored.get('label_smoothing'),
+    'methods.conadv.shared_norm': False,
+    'model.build': '',
+    'model.padding': 'same',
+  }
+  # A method that came later is not the run's.
+  sections = {name.split('.')[1] for name in stored if 'methods.' in name}
+  methods = {
+    name: value
+    for name, value in config.items()
+    if name.startswith('methods.') and name.split('.')[1] not in sections
+  }
+  return {
+    **{name: later[name] for name in later if name in config},
+    **(methods if sections else {}),
+    **stored,
   }
 
 
 def _changed_fields(
   stored: About, config: dict[str, Any]
 ) -> dict[str, list[Any]]:
-  changed = _changed(stored.config, config)
+  changed = _changed(_with_later_fields(stored.config, config), config)
   if stored.dataset is not None:
     for name in _PLACES:
       changed.pop(name, None)
@@ -152,9 +181,16 @@ def check_config(
       f'another, `--workdir={workdir}_2`.'
     )
   else:
+    values = [
+      f'`--config.{name}={then}`'
+      for name, (then, _) in refused.items()
+      if name not in ('processes', DEVICES) and then != _ABSENT
+    ]
     advice = (
       'Likely a field was changed and the folder was not: take another, '
-      f'`--workdir={workdir}_2`.'
+      f'`--workdir={workdir}_2`'
+      + (f'; to resume that run, {_count(values)}' if values else '')
+      + '.'
     )
     if SCHEDULE in accept:
       advice = (
@@ -195,16 +231,11 @@ def check_init_from(
     )
 
 
-def _count(names: Sequence[str]) -> str:
-  more = f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''
-  return f'{", ".join(map(repr, names[:_NAMED]))}{more}'
-
-
 def _describe_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """A line for everything that differs between two sets of images."""
   before, after = then['classes'], now['classes']
-  removed = [name for name in before if name not in set(after)]
-  added = [name for name in after if name not in set(before)]
+  removed = [repr(name) for name in before if name not in set(after)]
+  added = [repr(name) for name in after if name not in set(before)]
   lines = []
   if removed:
     lines.append(f'classes that are gone, {len(removed)}: {_count(removed)}')

@@ -52,6 +52,36 @@ def test_the_same_images_elsewhere_are_the_same():
     check(BARE, **{'data.folder': '/mnt/b'})
 
 
+def test_fields_that_came_later_say_what_was_done_without():
+  before = {
+    'label_smoothing': 0.1,
+    'method': 'conadv',
+    'methods.sam.radius': 0.1,
+  }
+  later = {
+    'attack.label_smoothing': 0.1,
+    'methods.agvm.beta': 0.9,
+    'model.build': '',
+    'model.padding': 'same',
+  }
+  stored = agreement.About(before, None, [])
+  agreement.check_config(WORKDIR, 7, stored, before | later, ())
+  for name, value in {
+    'attack.label_smoothing': 0.0,
+    'model.padding': 'symmetric',
+    'methods.sam.new_field': 1,
+  }.items():
+    with pytest.raises(
+      command.Mistake, match=f'{name}: given {value!r}'
+    ) as error:
+      agreement.check_config(
+        WORKDIR, 7, stored, before | later | {name: value}, ()
+      )
+    assert (f'`--config.{name}={later.get(name)}`' in str(error.value)) == (
+      name in later
+    )
+
+
 @pytest.mark.parametrize(
   ('changes', 'accept', 'message'),
   [
