@@ -263,20 +263,18 @@ def of(
   make_gradient: Callable[[Any, Mesh], conadv.GradientFunction],
   *,
   branched: bool = True,
-  scale: optax.GradientTransformation | None = None,
+  change: Callable[[Any], Any] = lambda tx: tx,
 ) -> Maker:
   """The step of a user of the library.
 
   Args:
     make_gradient: the gradient, from a loss function and a mesh.
     branched: whether adversarial examples have a norm of their own.
-    scale: what changes the gradient before the optimizer.
+    change: makes another optimizer of the common one.
   """
 
   def make(model: models.ResNet, mesh: Mesh) -> Step:
-    tx = make_optimizer()
-    if scale is not None:
-      tx = optax.chain(scale, tx)
+    tx = change(make_optimizer())
     grad_fn = make_gradient(make_loss(model), mesh)
 
     def init(key: jax.Array, batch: Any) -> Any:
@@ -399,7 +397,16 @@ ROWS = {
     of(
       functools.partial(plain_on_devices, second_moment=True),
       branched=False,
-      scale=conadv.scale_by_gsnr(),
+      change=lambda tx: optax.chain(conadv.scale_by_gsnr(), tx),
+    ),
+    'plain data_parallel',
+    (4, 1),
+  ),
+  'agvm': Row(
+    of(
+      functools.partial(plain_on_devices, second_moment=True),
+      branched=False,
+      change=functools.partial(conadv.agvm, groups=4, anchor='head'),
     ),
     'plain data_parallel',
     (4, 1),
