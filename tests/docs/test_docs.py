@@ -51,6 +51,8 @@ def test_the_pages_that_a_reader_needs_have_examples():
     'index.md',
     'method.md',
     'quickstart.md',
+    'recipes.md',
+    'text.md',
   } <= found
 
 
