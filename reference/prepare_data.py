@@ -5,12 +5,15 @@ that damage is known before anything is written; then the shards are written one
 after the other. The same command goes on where a stopped one was.
 """
 
+import itertools
 from pathlib import Path
 
 from absl import app, flags
 
 from reference.command import Mistake
 from reference.data import preparation, tar_files
+
+_SHOWN = 20
 
 _SOURCE = flags.DEFINE_string(
   'source',
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> None:
       f'Everything is a flag; given {argv[1:]}. Likely the dashes are missing: '
       '`--source=/path/to/images`.'
     )
+  target = Path(_TARGET.value).expanduser()
   labels, short_side = _HELD_OUT_LABELS.value, _SHORT_SIDE.value
   try:
     if _QUALITY.present and _SHORT_SIDE.value is None:
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> None:
       )
     manifest = preparation.prepare(
       Path(_SOURCE.value).expanduser(),
-      Path(_TARGET.value).expanduser(),
+      target,
       held_out_labels=Path(labels).expanduser() if labels else None,
       on_bad_image=_ON_BAD_IMAGE.value,
       smaller=(
@@ -77,11 +81,14 @@ def main(argv: list[str]) -> None:
     raise SystemExit('Stopped. The same command goes on from here.') from None
   except (OSError, ValueError) as error:
     raise SystemExit(f'Not prepared: {error}') from error
-  for name, reason in manifest.skipped.items():
+  for name, reason in itertools.islice(manifest.skipped.items(), _SHOWN):
     print(f'Skipped {name}: {reason}.')
+  more = len(manifest.skipped) - _SHOWN
+  if more > 0:
+    print(f'Skipped {more:,} more, which manifest.json names.')
   for split, counts in manifest.counts.items():
     print(f'{split}: {sum(counts)} images in {len(counts)} shards.')
-  print(f'{len(manifest.classes)} classes in {_TARGET.value}.')
+  print(f'{len(manifest.classes)} classes in {target}.')
 
 
 if __name__ == '__main__':

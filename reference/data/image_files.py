@@ -35,12 +35,14 @@ class Listing(NamedTuple):
     train: the training images.
     held_out: the images that training never sees.
     left_out: names of what is not read, by what it is.
+    label_file: as that of a `Layout`.
   """
 
   classes: list[str]
   train: list[ImageFile]
   held_out: list[ImageFile]
   left_out: layouts.LeftOut
+  label_file: Path | None = None
 
 
 def digest(listing: Listing) -> str:
@@ -91,4 +93,5 @@ def list_folder(folder: Path, held_out_labels: Path | None = None) -> Listing:
     _describe(found.train, folder),
     _describe(found.held_out, folder),
     found.left_out,
+    found.label_file,
   )

@@ -67,6 +67,8 @@ def describe(listing: image_files.Listing) -> str:
     without = [listing.classes[x] for x in labels if not counts[x]]
     if without:
       lines.append(f'{split}: no image of {some(without)}.')
+  if listing.label_file is not None:
+    lines.append(f'held_out: labels of {listing.label_file}.')
   return '\n'.join([*lines, *layouts.notes(listing.left_out)])
 
 

@@ -52,12 +52,15 @@ class Layout(NamedTuple):
     train: path and label of each training image.
     held_out: the same of the images that training never sees.
     left_out: paths of what is not read, by what it is.
+    label_file: what says of which classes the held-out images are, where their
+      folders do not.
   """
 
   classes: list[str]
   train: Records
   held_out: Records
   left_out: LeftOut
+  label_file: Path | None = None
 
 
 class _Level(NamedTuple):
@@ -76,7 +79,7 @@ def is_hidden(name: str) -> bool:
 def notes(left_out: LeftOut) -> list[str]:
   """What is left out, in words."""
   return [
-    f'Not read, {len(paths):,} {what}: {some(paths)}.'
+    f'Not read, {what} ({len(paths):,}): {some(paths)}.'
     for what, paths in left_out.items()
     if paths
   ]
@@ -185,8 +188,8 @@ def _flat(
   *,
   label_file: Path | None,
   places: Sequence[Path],
-) -> Records:
-  """The held-out images of a folder without class folders."""
+) -> tuple[Records, Path]:
+  """The held-out images of a folder without class folders, and their labels."""
   level = _look(folder)
   where, images = os.path.join(folder, *level.folders), level.images
   if level.folders:
@@ -211,7 +214,7 @@ def _flat(
   found = labels.of_images(file, images, classes)
   _merge(left_out, {f'lines of {file} without an image': found.unused})
   paths = (os.path.join(where, name) for name in images)
-  return list(zip(paths, found.labels, strict=True))
+  return list(zip(paths, found.labels, strict=True)), file
 
 
 def _in_classes(
@@ -321,11 +324,11 @@ def find(folder: str, label_file: Path | None = None) -> Layout:
   else:
     # Kaggle's labels lie beside ILSVRC/.
     above = [Path(root).parents[2]] if Path(root).match(_KAGGLE) else []
-    held_out_records = _flat(
+    held_out_records, label_file = _flat(
       held_out,
       classes,
       left_out,
       label_file=label_file,
       places=[Path(root), *above],
     )
-  return Layout(classes, records, held_out_records, left_out)
+  return Layout(classes, records, held_out_records, left_out, label_file)

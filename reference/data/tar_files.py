@@ -135,4 +135,4 @@ def list_images(folder: Path, held_out_labels: Path | None) -> Listing:
     ImageFile(f'held_out/{name}', str(path), start, size, label)
     for (name, start, size), label in zip(files, found.labels, strict=True)
   ]
-  return Listing(classes, train, held_out, left_out)
+  return Listing(classes, train, held_out, left_out, label_file)

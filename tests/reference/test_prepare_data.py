@@ -269,7 +269,7 @@ def test_the_summary_names_what_is_and_what_is_not_read(source, target, capsys):
     'train: 13 images (11 jpg, 1 png, 1 webp), 2 (n10) to 8 (n02) a class.',
     'held_out: 2 images, 0 (n02) to 1 (n01) a class.',
     'held_out: no image of n02.',
-    f'Not read, 1 hidden or of the system: {source}/train/n02/.DS_Store.',
+    f'Not read, hidden or of the system (1): {source}/train/n02/.DS_Store.',
     '2 images have an orientation in their EXIF, which is not followed: '
     'train/n02/9.webp, train/n02/a.jpg.',
   ):
@@ -389,13 +389,17 @@ def test_the_command_from_end_to_end(source, target):
   def command(*flags):
     return subprocess.run(
       [sys.executable, '-m', 'reference.prepare_data', *flags],
-      env={**os.environ, 'PYTHONPATH': str(root)},
+      env={
+        **os.environ,
+        'PYTHONPATH': str(root),
+        'HOME': str(source.parent),
+      },
       capture_output=True,
       text=True,
     )
 
   break_two(source)
-  flags = (f'--source={source}', f'--target={target}')
+  flags = ('--source=~/images', '--target=~/shards')
   result = command(*flags)
   assert result.returncode == 1
   assert result.stderr.splitlines()[-1].startswith('Likely')

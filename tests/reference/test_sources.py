@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 
+import ml_collections
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -219,7 +220,7 @@ def test_the_error_survives_a_worker_process():
   assert again.path == 'a.jpg'
 
 
-def test_a_fingerprint_is_of_names_and_labels(tmp_path):
+def test_a_fingerprint_is_of_names_and_labels(tmp_path, monkeypatch):
   folder = tmp_path / 'images'
   write_folder(folder)
   source = sources.jpeg_folder(str(folder))
@@ -232,6 +233,10 @@ def test_a_fingerprint_is_of_names_and_labels(tmp_path):
 
   moved = folder.rename(tmp_path / 'elsewhere')
   assert sources.jpeg_folder(f'{moved}//').fingerprint == source.fingerprint
+  monkeypatch.setenv('HOME', str(tmp_path))
+  config = {'source': 'jpeg_folder', 'folder': '~/elsewhere'}
+  opened = sources.open_source(ml_collections.ConfigDict(config))
+  assert opened.fingerprint == source.fingerprint
   (moved / 'train' / 'ant' / '0.jpg').write_bytes(encode(smooth_image(9)))
   assert sources.jpeg_folder(str(moved)).fingerprint == source.fingerprint
   seen = {source.fingerprint}

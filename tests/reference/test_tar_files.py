@@ -92,16 +92,20 @@ def test_what_is_no_image_is_named(tars, target, capsys):
   prepare(tars, target, **options)
   assert records(target, 'train') == expected('train')
   shown = capsys.readouterr().out
-  assert 'Not read, 2 hidden or of the system: ._n02_0.JPEG, .DS_Store' in shown
-  assert 'Not read, 1 of another kind: n02.xml' in shown
-  assert 'Not read, 1 beside the classes: list.txt' in shown
+  assert (
+    'Not read, hidden or of the system (2): ._n02_0.JPEG, .DS_Store' in shown
+  )
+  assert 'Not read, of another kind (1): n02.xml' in shown
+  assert 'Not read, beside the classes (1): list.txt' in shown
 
 
-def test_labels_that_lie_beside_the_tar_files(tars, target):
+def test_labels_that_lie_beside_the_tar_files(tars, target, capsys):
   given = write_tars(tars, *make_files())['held_out_labels']
   given.rename(tars / 'LOC_val_solution.csv')
   prepare(tars, target)
   assert records(target, 'held_out') == expected('val')
+  shown = capsys.readouterr().out
+  assert f'held_out: labels of {tars}/LOC_val_solution.csv.' in shown
 
 
 def test_held_out_labels_follow_the_names(tars, target):

@@ -47,9 +47,9 @@ def test_shards_hold_every_image_and_its_label(tmp_path, capsys):
   ]
   assert records(tmp_path / 'shards', 'held_out') == [(2, make_jpeg(4))]
   shown = capsys.readouterr().out
-  assert 'Not read, 1 of another kind: a/0.json' in shown
-  assert 'Not read, 1 hidden or of the system: b/._0.jpg' in shown
-  assert 'Not read, 1 labels without an image: 3.cls' in shown
+  assert 'Not read, of another kind (1): a/0.json' in shown
+  assert 'Not read, hidden or of the system (1): b/._0.jpg' in shown
+  assert 'Not read, labels without an image (1): 3.cls' in shown
 
 
 @pytest.mark.parametrize(
