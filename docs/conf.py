@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import check_site
 
-import conadv_optax
+import conadv_optax.flax
 
 project = 'conadv_optax'
 author = 'The conadv_optax authors'

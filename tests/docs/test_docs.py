@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import conadv_optax as conadv
+import conadv_optax.flax
 
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGES = sorted(
@@ -89,7 +90,7 @@ def test_no_block_is_hidden_from_the_tests(page):
 
 @pytest.mark.parametrize('page', sorted((DOCS / 'api').glob('*.md')), ids=name)
 def test_a_page_of_the_api_is_a_package(page):
-  homes = conadv, conadv.dual_bn, conadv.hessian
+  homes = conadv, conadv.dual_bn, conadv.hessian, conadv_optax.flax
   for entry in re.findall(r'^\.\. auto\w+:: (\w+)$', page.read_text(), re.M):
     [found] = [getattr(home, entry) for home in homes if hasattr(home, entry)]
     library, *rest = found.__module__.split('.')

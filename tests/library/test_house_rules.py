@@ -125,6 +125,9 @@ def test_import_needs_neither_flax_nor_haiku():
 @files
 def test_library_imports_jax_optax_and_chex_alone(path):
   allowed = {'jax', 'optax', 'chex', 'numpy', 'conadv_optax'}
+  if path.name == 'flax.py':
+    # Nothing imports it but who asks for it, as the test before this shows.
+    allowed.add('flax')
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       imported = [alias.name for alias in node.names]
