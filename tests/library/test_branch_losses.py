@@ -75,6 +75,15 @@ def test_the_attack_climbs_its_own_loss_and_nothing_else_changes():
   np.testing.assert_allclose(grads, expected, rtol=1e-4)
 
 
+def softmax(x):
+  e = np.exp(x - x.max(axis=1, keepdims=True))
+  return e / e.sum(axis=1, keepdims=True)
+
+
+def divergence(p, q):
+  return np.mean(np.sum(p * np.log(p / q), axis=1))
+
+
 def test_trades():
   """Clean cross entropy, and Kullback-Leibler against the clean prediction."""
   beta, w = 6.0, rng.normal(size=(3, 4)).astype(np.float32)
@@ -104,26 +113,74 @@ def test_trades():
     w, grad_fn.init(w, []), batch, key=key
   )
 
-  def softmax(x):
-    e = np.exp(x - x.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
   # The attack is one step from a random start; take its copy as it is, and
   # hold against it what TRADES makes of it.
   craft = grad_fn.passes.craft
   x_adv = np.asarray(craft(w, None, jax.tree.map(jnp.asarray, batch), key))
   assert np.max(np.abs(x_adv - X)) <= 0.1 + 1e-6
   p, q = softmax(np.float64(X) @ w), softmax(np.float64(x_adv) @ w)
-  divergence = np.mean(np.sum(p * np.log(p / q), axis=1))
+  apart = divergence(p, q)
   entropy = -np.mean(np.log(p[np.arange(12), label]))
-  np.testing.assert_allclose(aux.losses['adversarial'], divergence, rtol=1e-3)
-  np.testing.assert_allclose(loss, entropy + beta * divergence, rtol=1e-4)
+  np.testing.assert_allclose(aux.losses['adversarial'], apart, rtol=1e-3)
+  np.testing.assert_allclose(loss, entropy + beta * apart, rtol=1e-4)
   # d/dz of KL(p || q): of the clean logits p (log(p / q) - KL), of the others
   # q - p; of the cross entropy p - onehot.
   each = np.sum(p * np.log(p / q), axis=1, keepdims=True)
   clean = (p - np.eye(4)[label]) + beta * p * (np.log(p / q) - each)
   expected = (X.T @ clean + beta * x_adv.T @ (q - p)) / 12
   np.testing.assert_allclose(grads, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_vat():
+  """One power iteration from a random direction, in NumPy."""
+  alpha, epsilon, xi, drawn = 2.0, 0.5, 0.02, []
+  w, label = rng.normal(size=(3, 4)), rng.integers(4, size=12)
+
+  def loss_fn(w, batch, *, branch, key):
+    clean = jax.nn.log_softmax(batch['x'] @ w)
+    if branch == 'main':
+      picked = jnp.take_along_axis(clean, batch['label'][:, None], axis=1)
+      return -jnp.mean(picked)
+    clean, moved = jax.lax.stop_gradient(clean), batch['moved']
+    if branch == 'attack':
+      d = jax.random.normal(key, moved.shape)
+      drawn.append(d / jnp.linalg.norm(d, axis=1, keepdims=True))
+      moved = moved + xi * drawn[-1]
+    hit = jax.nn.log_softmax(moved @ w)
+    return jnp.mean(jnp.sum(jnp.exp(clean) * (clean - hit), axis=1))
+
+  grad_fn = conadv.wrap(
+    loss_fn,
+    0,
+    attack=conadv.fgsm(epsilon, norm='l2'),
+    inputs=(lambda batch: batch['x'], lambda batch, x: {**batch, 'moved': x}),
+    weights={'main': 1.0, 'adversarial': alpha},
+    has_branch=True,
+    has_key=True,
+  )
+  params = np.float32(w)
+  (loss, aux), grads, _ = grad_fn.value_and_grad(
+    params,
+    grad_fn.init(params, []),
+    {'x': X, 'label': label},
+    key=jax.random.key(0),
+  )
+  [d] = drawn
+  x = np.float64(X)
+  p = softmax(x @ w)
+  g = (softmax((x + xi * np.asarray(d)) @ w) - p) @ w.T
+  moved = x + epsilon * g / np.linalg.norm(g, axis=1, keepdims=True)
+  q = softmax(moved @ w)
+  np.testing.assert_allclose(
+    aux.losses['adversarial'], divergence(p, q), rtol=1e-3
+  )
+  entropy = -np.mean(np.log(p[np.arange(12), label]))
+  np.testing.assert_allclose(
+    loss, entropy + alpha * divergence(p, q), rtol=1e-3
+  )
+  # The clean prediction is a constant in the divergence.
+  expected = (x.T @ (p - np.eye(4)[label]) + alpha * moved.T @ (q - p)) / 12
+  np.testing.assert_allclose(grads, expected, rtol=2e-3, atol=1e-4)
 
 
 TABLE = rng.normal(size=(10, 3)).astype(np.float32)
