@@ -41,15 +41,15 @@ def _list(path: Path, left_out: layouts.LeftOut) -> list[image_files.ImageFile]:
   """The images of a tar file, in their order."""
   images, texts = {}, {}
   for member in tar_files.members(path, 0, path.stat().st_size):
-    name = PurePosixPath(member[0])
+    path_inside = PurePosixPath(member[0])
     # A key ends at the first dot of the name.
-    base, _, kind = name.name.partition('.')
-    if layouts.is_hidden(name.name):
+    base, _, kind = path_inside.name.partition('.')
+    if layouts.is_hidden(path_inside.name):
       left_out.setdefault('hidden or of the system', []).append(member[0])
     elif f'.{kind.lower()}' in layouts.EXTENSIONS:
-      images[name.with_name(base)] = member
+      images[path_inside.with_name(base)] = member
     elif kind == 'cls':
-      texts[name.with_name(base)] = member
+      texts[path_inside.with_name(base)] = member
     else:
       left_out.setdefault('of another kind', []).append(member[0])
   without = [name for key, (name, _, _) in images.items() if key not in texts]
