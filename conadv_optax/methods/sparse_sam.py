@@ -57,7 +57,7 @@ class SparseSamState(NamedTuple):
   """
 
   inner: Any
-  count: jax.Array
+  count: Any
   mask: Any
 
 
@@ -107,8 +107,9 @@ def sparse_sam(
       gradient is taken, one after the other. None: of all.
     fisher: of 'fisher': what their gradients are of, a loss function or a
       gradient function of staleness 0, given the same parameters and model
-      state. None is `grad_fn`. Of one example batch statistics say little:
-      pass a loss in evaluation mode.
+      state. None is `grad_fn`, where it has no parts that one example cannot be
+      split into. Of one example batch statistics say little: pass a loss in
+      evaluation mode.
     drop_rate: of 'dynamic': :math:`r_t`, from 0 to 1, or a schedule of the
       steps so far. The paper's is
       `optax.cosine_decay_schedule(0.5, total_steps)`.
