@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     if _SHORT_SIDE.value:
-      source = shrink_files(source, Path(made))
+      source = shrink_files(source, Path(made), _SHORT_SIDE.value)
     sizes = [os.path.getsize(path) for path, _ in source.train]
     print(f'{np.mean(sizes) / 1e3:.0f} KB an image')
     tiny = sources.jpeg_folder(make_images(Path(made) / 'tiny', (8, 8)))
@@ -134,7 +134,9 @@ def choose_files(folder: str) -> sources.Source:
   return source._replace(train=[source.train[i] for i in order[: _FILES.value]])
 
 
-def shrink_files(source: sources.Source, folder: Path) -> sources.Source:
+def shrink_files(
+  source: sources.Source, folder: Path, short_side: int
+) -> sources.Source:
   """The same images with fewer pixels, in a folder."""
   train = []
   for index, (path, label) in enumerate(source.train):
@@ -143,7 +145,7 @@ def shrink_files(source: sources.Source, folder: Path) -> sources.Source:
       jpeg.shrink(
         Path(path).read_bytes(),
         path,
-        short_side=_SHORT_SIDE.value,
+        short_side=short_side,
         quality=_QUALITY.value,
       )
     )
