@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
+from reference import command
 from reference.tools import account
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The config file; --config.FIELD=VALUE overrides a field.'
-)
+_CONFIG = command.define_config(None)
 _TOPOLOGY = flags.DEFINE_string(
   'topology',
   'v3:16x32',
@@ -38,15 +36,14 @@ _TABLE = flags.DEFINE_string(
 
 def main(argv: Sequence[str]) -> None:
   """Compiles and prints."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  del argv
   # Else JAX would look for the TPU whose compiler it finds.
   jax.config.update('jax_platforms', 'cpu')
   if _ALL.value:
     account.print_table(Path(_TABLE.value))
     return
   if _CONFIG.value is None:
-    raise app.UsageError(
+    raise command.Mistake(
       'Say what to compile: `--config=reference/configs/imagenet_96k.py`, or '
       '`--all`.'
     )
@@ -54,4 +51,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

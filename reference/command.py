@@ -1,5 +1,128 @@
-"""What the commands share."""
+"""How a command begins and ends."""
+
+import io
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections import config_dict, config_flags
+
+flags.DEFINE_bool('debug', False, 'Shows where a mistake was found.')
+# `--help` shows the flag --config as one of the command's own.
+flags.disclaim_key_flags()
+
+
+def _end_quietly_at_ctrl_c() -> None:
+  """Without a traceback, until a run finishes a step at it."""
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_PROGRAM = sys.modules['__main__'].__spec__
+if _PROGRAM is not None and _PROGRAM.name.startswith('reference.'):
+  # Now, as a command loads modules for seconds before it runs.
+  _end_quietly_at_ctrl_c()
+
+
+class _Lasting(io.FileIO):
+  """Output whose reader may leave: a closed terminal, a `tee` at Ctrl-C.
+
+  What it would have read is lost, and the run goes on.
+  """
+
+  def write(self, data: Any) -> int:
+    try:
+      return super().write(data) or 0
+    except OSError:
+      return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+  return io.TextIOWrapper(
+    io.BufferedWriter(_Lasting(stream.fileno(), 'w', closefd=False)),
+    stream.encoding,
+    stream.errors,
+    # Also into a file, as what is in a buffer is lost at a kill.
+    line_buffering=True,
+  )
 
 
 class Mistake(ValueError):
   """What the user can mend: the message alone says what and how."""
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs a command, in place of `app.run`.
+
+  A `Mistake` ends in its message on standard error and status 2, and so do
+  flags that cannot be read. Any other error is ours and has a traceback.
+
+  Args:
+    main: takes the program's name in a list; all else must be flags.
+  """
+  _end_quietly_at_ctrl_c()
+  if sys.stdout is sys.__stdout__:
+    sys.stdout, sys.stderr = map(_lasting, (sys.stdout, sys.stderr))
+  try:
+    app.run(main, flags_parser=_parse)
+  except Mistake as mistake:
+    _end(mistake)
+
+
+def define_config(
+  default: Path | None,
+) -> flags.FlagHolder[config_dict.ConfigDict]:
+  """The flag --config.
+
+  Args:
+    default: the config file where none is given.
+  """
+  try:
+    return config_flags.DEFINE_config_file(
+      'config',
+      None if default is None else str(default),
+      'The config file; --config.FIELD=VALUE overrides a field of it.',
+    )
+  except Exception as error:
+    # Overrides of the default are read already here.
+    _end(_explain(error))
+
+
+def _end(mistake: Mistake) -> NoReturn:
+  # Not the flag's value, as flags may be what could not be read.
+  if '--debug' in sys.argv:
+    raise mistake
+  sys.stdout.flush()
+  print(mistake, file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    # A file that is not there is told at the first look at a field.
+    hasattr(getattr(flags.FLAGS, 'config', None), 'lock')
+  except Exception as error:
+    raise _explain(error) from error
+  if len(rest) > 1:
+    raise Mistake(
+      f'Everything is a flag; given {rest[1:]}. Likely the dashes are missing: '
+      f'`--{rest[1]}`.'
+    )
+  return rest
+
+
+def _explain(error: Exception) -> Mistake:
+  """Flags and config files are the user's, whatever goes wrong with them."""
+  inner = error.args[0] if error.args else None
+  if isinstance(error, AttributeError) and isinstance(inner, KeyError):
+    field, _, hint = inner.args[0].partition('\n')
+    return Mistake(f'The config has no field {field}. {hint}'.rstrip())
+  # The lines before are a traceback.
+  reason = str(error).splitlines()[-1].strip()
+  if isinstance(error, flags.Error):
+    return Mistake(f'{reason}\n`--help` names the flags.')
+  return Mistake(f'The config cannot be read. {reason}\n`--debug` shows where.')

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
+from reference import command
 from reference.run import agreement, hosts, train
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  str(Path(__file__).parent / 'configs' / 'digits.py'),
-  'The config file; --config.FIELD=VALUE overrides a field of it.',
-)
+_CONFIG = command.define_config(Path(__file__).parent / 'configs' / 'digits.py')
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
@@ -58,18 +54,14 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
   """Parses nothing but the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Everything is a flag; given {argv[1:]}. Likely the dashes are missing: '
-      '`--config.method=conadv`.'
-    )
+  del argv
   if not flags.FLAGS['verbosity'].present:
     # At absl's default Orbax tells of every file.
     logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   workdir = _WORKDIR.value or f'runs/{config.name}_{config.method}'
   if '://' in workdir:
-    raise app.UsageError(
+    raise command.Mistake(
       f'A work folder is a folder. Given --workdir={workdir}. Mount NFS, or a '
       'bucket whose namespace is hierarchical, on every host, '
       '`gcsfuse BUCKET /mnt/runs`, and take `--workdir=/mnt/runs/1`.'
@@ -90,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

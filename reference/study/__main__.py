@@ -10,15 +10,13 @@ After a stop or a kill the same command goes on.
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
+from reference import command
 from reference.study import grid
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  str(Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'),
-  'The config of the study; --config.FIELD=VALUE overrides a field of it.',
+_CONFIG = command.define_config(
+  Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Receives study.csv. By default runs/NAME.'
@@ -27,8 +25,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   """Parses nothing but the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  del argv
   logging.set_verbosity(logging.WARNING)
   command = ' '.join(['python -m reference.study', *sys.argv[1:]])
   workdir = Path(_WORKDIR.value or f'runs/{_CONFIG.value.name}')
@@ -40,4 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)
