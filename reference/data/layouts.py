@@ -242,7 +242,11 @@ def _root(folder: str) -> str:
   near = [given.parent, *(sorted(given.iterdir()) if given.is_dir() else [])]
   likely = [path for path in near if (path / 'train').is_dir()]
   state = 'in which no train/ is' if given.is_dir() else 'which is no folder'
-  if (given / 'manifest.json').exists():
+  if not folder:
+    advice = 'it was not given: `--config.data.folder=/path/to/images`'
+  elif not given.is_dir():
+    advice = f'it is misspelt or its disk is not mounted: `ls -d {given}`'
+  elif (given / 'manifest.json').exists():
     advice = 'it holds shards: `--config.data.source=array_record`'
   else:
     path = likely[0] if likely else '/path/to/the/folder/that/holds/train'

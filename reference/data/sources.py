@@ -237,11 +237,16 @@ def array_record(folder: str) -> Source:
   """
   manifest = shards.read_manifest(Path(folder))
   if manifest is None:
+    state = (
+      'holds none. Likely the path is that of the images: `python -m '
+      f'reference.prepare_data --source={folder} --target=/path/to/shards`.'
+      if os.path.isdir(folder)
+      else 'is no folder. Likely it is misspelt or its disk is not mounted: '
+      f'`ls -d {folder}`.'
+    )
     raise Mistake(
       'A folder of shards must hold the manifest that prepare_data writes. '
-      f'Given {folder!r}, which holds none. Likely the path is that of the '
-      f'images: `python -m reference.prepare_data --source={folder} '
-      '--target=/path/to/shards`.'
+      f'Given {folder!r}, which {state}'
     )
   paths, counts = [], []
   for split in shards.SPLITS:

@@ -266,7 +266,8 @@ def test_what_is_no_folder_of_images(tmp_path, names, message):
 def test_the_folder_above_is_named_for_one_too_deep(tmp_path):
   make(tmp_path, *PLAIN)
   assert f'folder={tmp_path}`' in refused(tmp_path / 'train')
-  assert 'which is no folder' in refused(tmp_path / 'nowhere')
+  assert 'misspelt or its disk is not mounted' in refused(tmp_path / 'nowhere')
+  assert 'it was not given' in refused('')
 
 
 def test_a_folder_of_classes_alone(tmp_path):
