@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from reference.command import Mistake
+from reference import command
 from reference.data import evaluation_sets
 from reference.run import trained
 from reference.tools import examination, examples, predictions, tables
@@ -44,7 +44,7 @@ _OUT = flags.DEFINE_string(
 
 def _load() -> trained.Trained:
   if (_WORKDIR.value is None) == (_MODEL.value is None):
-    raise Mistake(
+    raise command.Mistake(
       'One model is evaluated: `--workdir=` of a run, or `--model=` of an '
       f'export. Given --workdir={_WORKDIR.value} and --model={_MODEL.value}.'
     )
@@ -116,4 +116,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

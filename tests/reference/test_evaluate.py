@@ -147,5 +147,6 @@ def test_a_run_is_evaluated_on_its_own_images_and_on_others(workdir, tmp_path):
 
 def test_one_model_is_evaluated():
   run = evaluate()
-  assert run.returncode != 0
+  assert run.returncode == 2
   assert 'Given --workdir=None and --model=None' in run.stderr
+  assert 'Traceback' not in run.stderr
