@@ -6,11 +6,13 @@ after the other. The same command goes on where a stopped one was.
 """
 
 import itertools
+import signal
+import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from reference.command import Mistake
+from reference import command
 from reference.data import preparation, tar_files
 
 _SHOWN = 20
@@ -55,19 +57,17 @@ _QUALITY = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
   """Parses nothing but the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(
-      f'Everything is a flag; given {argv[1:]}. Likely the dashes are missing: '
-      '`--source=/path/to/images`.'
-    )
+  del argv
   target = Path(_TARGET.value).expanduser()
   labels, short_side = _HELD_OUT_LABELS.value, _SHORT_SIDE.value
+  if _QUALITY.present and short_side is None:
+    raise command.Mistake(
+      'Images that are not made smaller are kept as they are. Given '
+      f'`--quality={_QUALITY.value}` alone. Add `--short_side=288`.'
+    )
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    if _QUALITY.present and _SHORT_SIDE.value is None:
-      raise Mistake(
-        'Images that are not made smaller are kept as they are. Given '
-        f'`--quality={_QUALITY.value}` alone. Add `--short_side=288`.'
-      )
     manifest = preparation.prepare(
       Path(_SOURCE.value).expanduser(),
       target,
@@ -78,9 +78,11 @@ def main(argv: list[str]) -> None:
       ),
     )
   except KeyboardInterrupt:
-    raise SystemExit('Stopped. The same command goes on from here.') from None
-  except (OSError, ValueError) as error:
-    raise SystemExit(f'Not prepared: {error}') from error
+    print('Stopped. The same command goes on from here.', file=sys.stderr)
+    raise SystemExit(128 + signal.SIGINT) from None
+  except OSError as error:
+    # A disk that is full, or a folder that may not be written.
+    raise command.Mistake(str(error)) from error
   for name, reason in itertools.islice(manifest.skipped.items(), _SHOWN):
     print(f'Skipped {name}: {reason}.')
   more = len(manifest.skipped) - _SHOWN
@@ -92,4 +94,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

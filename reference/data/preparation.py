@@ -273,10 +273,11 @@ def prepare(
       )
     elif manifest.encoding != encoding:
       raise Mistake(
-        'A folder of shards holds images that were made smaller in one way. '
-        f'{target} was begun with {manifest.encoding or "none"}, and given is '
-        f'{encoding or "none"}. Take the same `--short_side` and `--quality`, '
-        f'or another folder, `--target={target}_2`.'
+        'The images of a folder of shards are all as they were, or all made '
+        f'smaller in one way. {target} was begun with '
+        f'{manifest.encoding or "the former"}, and given is '
+        f'{encoding or "the former"}. Take the same `--short_side` and '
+        f'`--quality`, or another folder, `--target={target}_2`.'
       )
     missing = _find_missing(target, listing, manifest)
     _check_space(target, list(itertools.chain(*missing.values())), smaller)

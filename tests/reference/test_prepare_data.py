@@ -401,9 +401,9 @@ def test_the_command_from_end_to_end(source, target):
   break_two(source)
   flags = ('--source=~/images', '--target=~/shards')
   result = command(*flags)
-  assert result.returncode == 1
+  assert result.returncode == 2
   assert result.stderr.splitlines()[-1].startswith('Likely')
-  assert 'Not prepared: Images must be whole. 2 of 13' in result.stderr
+  assert '\nImages must be whole. 2 of 13' in result.stderr
   assert 'Traceback' not in result.stderr
   result = command(*flags, '--on_bad_image=skip')
   assert result.returncode == 0, result.stderr

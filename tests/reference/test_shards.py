@@ -114,7 +114,7 @@ def test_shards_that_are_missing_or_damaged_are_named(source, target):
 def test_a_folder_without_manifest_is_explained(source):
   with pytest.raises(ValueError, match=f'prepare_data --source={source}'):
     sources.array_record(str(source))
-  with pytest.raises(ValueError, match='is no folder. Likely it is misspelt'):
+  with pytest.raises(ValueError, match='is no folder'):
     sources.array_record(f'{source}/nowhere')
 
 
