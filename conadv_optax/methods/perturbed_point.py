@@ -61,7 +61,7 @@ def _by_layer(params: Any, up: Any) -> Any:
 
 
 def _by_element(params: Any, up: Any) -> Any:
-  size = jax.tree.map(jnp.abs, params)
+  size = jax.tree.map(lambda w: jnp.abs(w).astype(w.dtype), params)
   scaled = jax.tree.map(jnp.multiply, size, up)
   return jax.tree.map(jnp.multiply, size, unit(scaled))
 

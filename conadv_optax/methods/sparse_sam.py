@@ -294,7 +294,8 @@ def _largest(scores: Any, count: ArrayLike) -> Any:
   leaves, treedef = jax.tree.flatten(scores)
   flat = jnp.concatenate([_whole(x).ravel() for x in leaves])
   order = jnp.argsort(flat, descending=True, stable=True)
-  ranks = jnp.zeros(flat.size, jnp.int32).at[order].set(jnp.arange(flat.size))
+  places = jnp.arange(flat.size, dtype=jnp.int32)
+  ranks = jnp.zeros_like(places).at[order].set(places)
   chosen, start = [], 0
   for x in leaves:
     part = ranks[start : start + x.size] < count

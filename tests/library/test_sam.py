@@ -189,6 +189,15 @@ def test_the_forms_move_as_far_as_they_say():
     chex.assert_trees_all_equal(still, params)
 
 
+def test_an_element_may_be_complex():
+  w, g = np.array([1 + 1j, 0.5j, 2.0]), np.array([1j, 2 - 1j, 0.5])
+  move = np.abs(w) ** 2 * np.conj(g) / np.linalg.norm(w * g)
+  point = perturbed(
+    jnp.complex64(w), jnp.complex64(g), RADIUS, adaptive='element'
+  )
+  np.testing.assert_allclose(point, w + RADIUS * move, rtol=1e-5)
+
+
 def test_a_mask_may_be_a_function_a_tree_or_a_prefix():
   params, batch = make_params(), make_regression(0)
 

@@ -234,6 +234,29 @@ def test_a_gradient_that_is_no_number_leaves_as_many():
   assert flat(state.mask.value).sum() == 4
 
 
+@pytest.mark.parametrize('rule', [{}, DYNAMIC])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float64', 'complex64'])
+def test_any_dtype_has_the_same_mask(rule, dtype):
+  def loss(w, batch):
+    error = batch['x'].astype(w.dtype) @ w - batch['y'].astype(w.dtype)
+    return jnp.mean(jnp.abs(error) ** 2)
+
+  def mask_and_gradient(w):
+    grad_fn = conadv.sparse_sam(loss, RADIUS, refresh_every=1, **rule)
+    state = grad_fn.init(w, [], key=jax.random.key(0))
+    _, grads, state = grad_fn.value_and_grad(
+      w, state, make_batch(3), key=jax.random.key(1)
+    )
+    return state.mask.value, grads
+
+  w = jnp.linspace(-1, 1, SIZE, dtype=jnp.float32)
+  expected, _ = mask_and_gradient(w)
+  with jax.enable_x64(dtype == 'float64'):
+    mask, grads = mask_and_gradient(w.astype(dtype))
+    assert grads.dtype == dtype
+    np.testing.assert_array_equal(mask, expected)
+
+
 def test_radius_and_rate_may_be_traced():
   params, traces = tree_of(np.linspace(-1, 1, SIZE, dtype=np.float32)), []
   key, batch = jax.random.key(0), make_batch(0)
