@@ -35,7 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
       'epochs': 1.0,
       'label_smoothing': 0.1,
       'data': {
-        'source': 'jpeg_folder',  # or array_record
+        # or array_record, or my_data:make, a function of your own
+        'source': 'jpeg_folder',
         # Holds train/CLASS/*.jpg, and val/ or test/; or the shards.
         'folder': '',
         'size': 32,
