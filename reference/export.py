@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from reference import command
 from reference.run import exports, trained
 
 _WORKDIR = flags.DEFINE_string(
@@ -42,4 +43,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)
