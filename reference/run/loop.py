@@ -7,11 +7,10 @@ from pathlib import Path
 
 import jax
 import ml_collections
-import tqdm
 
 from reference import command
 from reference.data import jpeg
-from reference.run import hosts, metrics, step, storage
+from reference.run import hosts, metrics, progress, step, storage
 
 # An average over steps already, which may be infinite: where the gradient is
 # lost in the noise.
@@ -88,15 +87,7 @@ def run_steps(
     The number of steps done, fewer than `steps` after a stop.
   """
   done = int(state.step)
-  bar = tqdm.tqdm(
-    total=steps * config.batch_size,
-    initial=done * config.batch_size,
-    unit='img',
-    unit_scale=True,
-    dynamic_ncols=True,
-    mininterval=1.0,
-    disable=not hosts.is_first(),
-  )
+  bar = progress.make_bar(done=done, steps=steps, batch_size=config.batch_size)
   unread: step.Metrics | None = None
   window: list[dict[str, float]] = []
   started = time.perf_counter()
@@ -137,11 +128,9 @@ def run_steps(
         'skipped_since_start': sum(hosts.gather(len(skipped))),
         **({'changes': changes} if changes else {}),
       }
-      bar.set_postfix_str(metrics.describe(row).partition(', ')[2])
       if evaluate_now:
         row |= evaluation(state)
-        if hosts.is_first():
-          bar.write(metrics.describe(row))
+      progress.tell(bar, row, steps=steps)
       with storage.explained(workdir):
         metrics.add(record, row)
       if save_now or stop_now:

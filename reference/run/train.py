@@ -118,9 +118,11 @@ def make_optimizer(
     images: in an epoch of training.
   """
   steps = math.ceil(config.epochs * images / config.batch_size)
+  warmup = round(config.lars.warmup_epochs * images / config.batch_size)
+  checks.check_warmup(config, warmup=warmup, steps=steps)
   schedule = conadv.polynomial_warmup(
     config.lars.peak,
-    round(config.lars.warmup_epochs * images / config.batch_size),
+    warmup,
     steps,
     power=config.lars.power,
     end=config.lars.end,
