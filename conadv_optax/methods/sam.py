@@ -114,13 +114,13 @@ def sam(
     d = \frac{w^2 g}{\| |w| g \|}\ \text{('element')}
 
   'layer' moves each leaf in proportion to its own norm, as LARS does, and all
-  of them together by :math:`\rho` (the sum is over leaves with a gradient). With
-  `every` that is Look-LayerSAM but for the length of the whole, on which public
-  code does not agree: set another by `radius`, which may be traced. 'element'
-  is adaptive SAM, without the constant that its authors add to :math:`|w|`. In
-  both, weights of zero stay. Sparse SAM has a mask :math:`m`, 1 where a
-  parameter moves; the norm is that of the whole gradient. Dense code gets no
-  faster by it. `sparse_sam` finds a mask while training.
+  of them together by :math:`\rho` (the sum is over leaves with a gradient).
+  With `every` that is Look-LayerSAM but for the length of the whole, on which
+  public code does not agree: set another by `radius`, which may be traced.
+  'element' is adaptive SAM, without the constant that its authors add to
+  :math:`|w|`. In both, weights of zero stay. Sparse SAM has a mask :math:`m`, 1
+  where a parameter moves; the norm is that of the whole gradient. Dense code
+  gets no faster by it. `sparse_sam` finds a mask while training.
 
   GSAM subtracts the part of the gradient that is orthogonal to the second one:
 
