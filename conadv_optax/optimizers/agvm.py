@@ -38,7 +38,7 @@ class AgvmState(NamedTuple):
     inner: the optimizer's own state.
   """
 
-  count: jax.Array
+  count: Any
   factors: dict[str, jax.Array]
   inner: optax.OptState
 
