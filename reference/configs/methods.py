@@ -22,6 +22,15 @@ def make_section() -> dict[str, dict[str, Any]]:
     'sam': {'radius': 0.05},
     # Liu et al., https://arxiv.org/abs/2203.02714; the radius is SAM's.
     'looksam': {'radius': 0.05, 'every': 5, 'reuse_weight': 0.7},
+    # Mi et al., https://arxiv.org/abs/2210.05177: the radius is SAM's, the
+    # sparsity the paper's on ImageNet. A group finds its mask anew at so many
+    # steps, by the gradients of so many of its images, one after the other.
+    'ssam': {
+      'radius': 0.05,
+      'sparsity': 0.5,
+      'refresh_every': 100,
+      'num_samples': 8,
+    },
     # Zhao et al., https://arxiv.org/abs/2202.03599.
     'gradient_norm_penalty': {'radius': 0.05, 'penalty': 0.8},
     # What the past gradient is multiplied by; no paper's.

@@ -61,6 +61,7 @@ METHODS = {
   'batch_augment': Method(copies=True),
   'sam': Method(around='sam'),
   'looksam': Method(around='looksam'),
+  'ssam': Method(around='ssam'),
   'gradient_norm_penalty': Method(around='gradient_norm_penalty'),
   'extrapolate': Method(around='extrapolate'),
   'vrgd': Method(gsnr=True),
@@ -80,6 +81,13 @@ _AROUND: dict[str, Callable[..., conadv.GradientFunction]] = {
     numbers.looksam.radius,
     every=numbers.looksam.every,
     reuse_weight=numbers.looksam.reuse_weight,
+  ),
+  'ssam': lambda grad_fn, numbers: conadv.sparse_sam(
+    grad_fn,
+    numbers.ssam.radius,
+    sparsity=numbers.ssam.sparsity,
+    refresh_every=numbers.ssam.refresh_every,
+    num_samples=numbers.ssam.num_samples,
   ),
   'gradient_norm_penalty': lambda grad_fn, numbers: conadv.sam(
     grad_fn,
