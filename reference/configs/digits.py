@@ -68,6 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
         'evaluate_every': 30,
         'checkpoint_every': 90,
         'keep': 2,
+        'writer': '',  # or my_metrics:make, beside CSV and TensorBoard
         'threads': 1,
         'workers': 0,  # processes beside this one that make training images
       },

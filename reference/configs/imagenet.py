@@ -103,6 +103,7 @@ def make_config(
         'evaluate_every': 4 * epoch,
         'checkpoint_every': 4 * epoch,
         'keep': 2,
+        'writer': '',  # or my_metrics:make, beside CSV and TensorBoard
         'threads': 4,  # in each worker process
         'workers': 4,  # that make training images; 0 for threads alone
       },

@@ -78,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
         'evaluate_every': 130,
         'checkpoint_every': 130,
         'keep': 2,
+        'writer': '',  # or my_metrics:make, beside CSV and TensorBoard
         'threads': 2,
         'workers': 0,  # processes beside this one that make training images
       },

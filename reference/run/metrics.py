@@ -1,18 +1,49 @@
 """The run's record: a CSV, TensorBoard events and a figure of the curves."""
 
+import contextlib
 import csv
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import ml_collections
 import tensorboardX
 from matplotlib.figure import Figure
+
+from reference.data import named
 
 Row = Mapping[str, float]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7')
+
+
+class Writer(Protocol):
+  """What `run.writer` may make, such as one of `clu.metric_writers`."""
+
+  def write_scalars(self, step: int, scalars: Row) -> None:
+    """Takes the metrics of a step."""
+
+  def close(self) -> None:
+    """Waits until all is written."""
+
+
+class _TensorBoard:
+  """Event files."""
+
+  def __init__(self, folder: Path, *, last_step: int):
+    self._writer = tensorboardX.SummaryWriter(
+      str(folder), purge_step=last_step + 1
+    )
+
+  def write_scalars(self, step: int, scalars: Row) -> None:
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 class Record(NamedTuple):
@@ -21,27 +52,49 @@ class Record(NamedTuple):
   Attributes:
     path: of the CSV.
     rows: all rows so far, those before a restart among them.
-    writer: of the TensorBoard events; None where another process writes.
+    writers: beside the CSV; None where another process writes.
   """
 
   path: Path
   rows: list[Row]
-  writer: tensorboardX.SummaryWriter | None
+  writers: Sequence[Writer] | None
 
 
-def read_rows(path: Path) -> list[Row]:
-  """The rows of a metrics CSV, without the fields that are empty."""
-  with path.open(newline='') as file:
-    return [
-      {name: float(value) for name, value in row.items() if value}
-      for row in csv.DictReader(file)
-    ]
+def read_rows(path: Path) -> tuple[list[Row], str]:
+  """The rows of a metrics CSV, without the fields that are empty.
+
+  Returns:
+    Those that can be read, and what is wrong with the others; '' for nothing.
+  """
+  text = path.read_bytes().decode('utf-8-sig', 'replace')
+  lines = text.replace('\0', '').splitlines() or ['']
+  # Spreadsheets write other separators.
+  separator = max(',;\t', key=lines[0].count)
+  try:
+    names, *values = csv.reader(lines, delimiter=separator)
+  except csv.Error as error:
+    return [], str(error)
+  if 'step' not in names:
+    return [], 'its first line does not name a column `step`'
+  rows: list[Row] = []
+  for line in values:
+    with contextlib.suppress(ValueError):
+      pairs = zip(names, line, strict=True)
+      row = {name: float(value) for name, value in pairs if value}
+      if 'step' in row and 'epoch' in row:
+        rows.append(row)
+  if separator != ',':
+    return rows, f'its fields are separated by {separator!r}'
+  if len(rows) < len(values) or '\0' in text:
+    return rows, 'some of its lines are no rows'
+  return rows, ''
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
   """Writes a CSV with a column for every name that occurs in a row.
 
-  The file is replaced as a whole, so that a kill leaves the old or the new.
+  The file is replaced as a whole, so that a kill, or a loss of power, leaves
+  the old or the new.
   """
   names = list(dict.fromkeys(name for row in rows for name in row))
   unfinished = path.with_suffix('.unfinished')
@@ -50,33 +103,87 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     writer.writeheader()
     for row in rows:
       writer.writerow({name: f'{value:.9g}' for name, value in row.items()})
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(unfinished, path)
 
 
-def open_record(workdir: Path, *, last_step: int, write: bool = True) -> Record:
-  """The record of a run that resumes after a step; later rows are dropped."""
+def _old_rows(path: Path, *, write: bool) -> list[Row]:
+  """The rows of before. A damaged file is kept, under another name."""
+  if not path.exists():
+    return []
+  rows, damage = read_rows(path)
+  if damage and write:
+    names = (
+      path.with_name(f'metrics_damaged_{n}.csv') for n in itertools.count(1)
+    )
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    print(
+      f'{path} is damaged: {damage}. It is kept as {kept}; the run goes on, '
+      f'and its record with the {len(rows)} row(s) that could be read.',
+      flush=True,
+    )
+    if rows:
+      write_rows(path, rows)
+  return rows
+
+
+def make_writer(
+  config: ml_collections.ConfigDict, workdir: Path
+) -> list[Writer]:
+  """What the function that `run.writer` names makes of config and folder.
+
+  Raises:
+    Mistake: when there is no such function.
+  """
+  if not (name := config.run.get('writer')):
+    return []
+  return [named.load(name, 'run.writer')(config, workdir=workdir)]
+
+
+def open_record(
+  workdir: Path,
+  *,
+  last_step: int,
+  write: bool = True,
+  writers: Sequence[Writer] = (),
+) -> Record:
+  """The record of a run that resumes after a step; later rows are dropped.
+
+  Args:
+    workdir: of the run.
+    last_step: of the checkpoint.
+    write: whether this process writes.
+    writers: beside the CSV and TensorBoard.
+  """
   path = workdir / 'metrics.csv'
-  rows = read_rows(path) if path.exists() else []
+  rows = _old_rows(path, write=write)
+  if write:
+    events = _TensorBoard(workdir / 'tensorboard', last_step=last_step)
+    writers = [events, *writers]
   return Record(
     path,
     [row for row in rows if row['step'] <= last_step],
-    tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=last_step + 1
-    )
-    if write
-    else None,
+    writers if write else None,
   )
 
 
+def close(record: Record) -> None:
+  """Waits until the writers have written all."""
+  for writer in record.writers or ():
+    writer.close()
+
+
 def add(record: Record, row: Row) -> None:
-  """Appends a row, which has a 'step', to the CSV and the events."""
+  """Appends a row, which has a 'step', to the CSV and tells the writers."""
   record.rows.append(row)
-  if record.writer is None:
+  if record.writers is None:
     return
   write_rows(record.path, record.rows)
-  for name, value in row.items():
-    if name != 'step':
-      record.writer.add_scalar(name, value, int(row['step']))
+  scalars = {name: value for name, value in row.items() if name != 'step'}
+  for writer in record.writers:
+    writer.write_scalars(int(row['step']), scalars)
 
 
 def branches(row: Row) -> list[str]:

@@ -373,11 +373,14 @@ def train(
         flush=True,
       )
 
+    writes = hosts.is_first()
     record = metrics.open_record(
-      workdir, last_step=done, write=hosts.is_first()
+      workdir,
+      last_step=done,
+      write=writes,
+      writers=metrics.make_writer(config, workdir) if writes else (),
     )
-    if record.writer is not None:
-      stack.callback(record.writer.close)
+    stack.callback(metrics.close, record)
     evaluate_on = evaluation.make_evaluation(model, config, place)
 
     def evaluate(state: step.TrainState) -> dict[str, float]:

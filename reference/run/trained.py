@@ -178,7 +178,7 @@ def _config(about: agreement.About) -> ml_collections.ConfigDict:
 
 
 def _metrics_of(path: Path, step: int) -> metrics.Row:
-  rows = metrics.read_rows(path) if path.exists() else []
+  rows = metrics.read_rows(path)[0] if path.exists() else []
   found = [row for row in rows if row['step'] == step]
   return found[-1] if found else {}
 

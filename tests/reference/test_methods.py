@@ -434,8 +434,8 @@ def test_an_infinite_noise_scale_does_not_stop_a_run(tmp_path):
   record = metrics.open_record(tmp_path, last_step=0)
   for number in (np.inf, np.nan):
     metrics.add(record, {'step': 1.0, 'epoch': 0.1, 'noise_scale': number})
-  record.writer.close()
-  inf, nan = metrics.read_rows(record.path)
+  metrics.close(record)
+  (inf, nan), _ = metrics.read_rows(record.path)
   assert inf['noise_scale'] == np.inf
   assert np.isnan(nan['noise_scale'])
   assert 'noise scale inf' in metrics.describe(inf)

@@ -1,9 +1,11 @@
 """The CSV over restarts, and the figure."""
 
 import csv
+import os
 
 import pytest
 
+from reference.configs import digits
 from reference.run import metrics
 
 
@@ -20,7 +22,7 @@ def read(path):
 def record(tmp_path):
   record = metrics.open_record(tmp_path, last_step=0)
   yield record
-  record.writer.close()
+  metrics.close(record)
 
 
 def test_every_row_is_in_the_file_at_once(record):
@@ -37,7 +39,7 @@ def test_a_restart_drops_the_rows_after_its_checkpoint(record, tmp_path):
     metrics.add(record, row(step, loss=1 / step, skipped=0))
   resumed = metrics.open_record(tmp_path, last_step=4)
   metrics.add(resumed, row(6, loss=0.125, skipped=0))
-  resumed.writer.close()
+  metrics.close(resumed)
   rows = read(record.path)
   assert [float(row['step']) for row in rows] == [2, 4, 6]
   assert float(rows[-1]['loss']) == 0.125
@@ -62,3 +64,98 @@ def test_draws_a_png(tmp_path, branches):
   rows[-1] |= {'held_out_accuracy': 0.9}
   metrics.draw(tmp_path / 'curves.png', rows)
   assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+GOOD = b'step,epoch,loss\n1,0.1,0.5\n2,0.2,0.25\n'
+
+
+@pytest.mark.parametrize(
+  ('content', 'steps', 'damage'),
+  [
+    (GOOD, [1, 2], ''),
+    (b'\xef\xbb\xbf' + GOOD, [1, 2], ''),
+    (GOOD + b'\0' * 4096, [1, 2], 'some of its lines are no rows'),
+    (GOOD[:-12] + b'\0' * 4096, [1], 'some of its lines are no rows'),
+    (GOOD[:-7], [1], 'some of its lines are no rows'),
+    (GOOD.replace(b',', b';'), [1, 2], "separated by ';'"),
+    (b'\0' * 4096, [], 'does not name a column `step`'),
+    (b'x' * 200_000, [], 'larger than field limit'),
+    (b'', [], 'does not name a column `step`'),
+    (GOOD.decode().encode('utf-16'), [], 'does not name a column `step`'),
+  ],
+)
+def test_a_damaged_record_is_kept_and_the_run_goes_on(
+  content, steps, damage, tmp_path, capsys
+):
+  path = tmp_path / 'metrics.csv'
+  path.write_bytes(content)
+  for number in (1, 2):
+    record = metrics.open_record(tmp_path, last_step=2)
+    metrics.add(record, row(3, loss=0.125))
+    metrics.close(record)
+    assert [float(x['step']) for x in read(path)] == [*steps, 3]
+    kept = tmp_path / 'metrics_damaged_1.csv'
+    assert kept.exists() == bool(damage)
+    out = capsys.readouterr().out
+    if damage and number == 1:
+      assert damage in out
+      assert str(kept) in out
+      assert kept.read_bytes() == content
+    else:
+      assert out == ''
+
+
+def test_what_was_set_aside_stays(tmp_path):
+  for number, content in enumerate((b'a', b'b'), 1):
+    (tmp_path / 'metrics.csv').write_bytes(content)
+    metrics.close(metrics.open_record(tmp_path, last_step=0))
+    kept = tmp_path / f'metrics_damaged_{number}.csv'
+    assert kept.read_bytes() == content
+
+
+def test_the_file_is_on_the_disk_before_it_takes_the_place_of_the_old(
+  record, monkeypatch
+):
+  done = []
+  monkeypatch.setattr(os, 'fsync', lambda number: done.append('fsync'))
+  replace = os.replace
+
+  def follow(*names):
+    done.append('replace')
+    replace(*names)
+
+  monkeypatch.setattr(os, 'replace', follow)
+  metrics.add(record, row(1))
+  assert done == ['fsync', 'replace']
+
+
+# Stands for Weights & Biases.
+FAKE = """
+class Fake:
+  def __init__(self, config, workdir):
+    self.said = [config.name, workdir.name]
+  def write_scalars(self, step, scalars):
+    self.said.append((step, dict(scalars)))
+  def close(self):
+    self.said.append('closed')
+"""
+
+
+def test_a_writer_of_ones_own(tmp_path, monkeypatch):
+  (tmp_path / 'my_fake_metrics.py').write_text(FAKE)
+  monkeypatch.syspath_prepend(tmp_path)
+  config = digits.get_config()
+  assert metrics.make_writer(config, tmp_path) == []
+  config.run.writer = 'my_fake_metrics:Fake'
+  [fake] = metrics.make_writer(config, tmp_path)
+  record = metrics.open_record(tmp_path, last_step=0, writers=[fake])
+  metrics.add(record, row(20, loss=0.5))
+  metrics.close(record)
+  assert fake.said == [
+    'digits', tmp_path.name, (20, {'epoch': 2.0, 'loss': 0.5}), 'closed'
+  ]  # fmt: skip
+  config.run.writer = 'my_fake_metrics:Fack'
+  with pytest.raises(
+    ValueError, match=r'config\.run\.writer=my_fake_metrics:Fake'
+  ):
+    metrics.make_writer(config, tmp_path)
