@@ -101,6 +101,8 @@ def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
     'vanilla': descend(params, gradient),
     'sam': descend(params, sharp),
     'looksam': descend(params, sharp),
+    # All of the parameters, so that it is SAM.
+    'ssam': descend(params, sharp),
     'gradient_norm_penalty': descend(params, mixed),
     # There is no past gradient yet.
     'extrapolate': descend(params, gradient),
@@ -108,7 +110,10 @@ def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
   second = {}
   for method, wanted in expected.items():
     # A larger rate ahead, so that it shows.
-    config = tiny(method, **{'methods.extrapolate.rate': 0.5})
+    config = tiny(
+      method,
+      **{'methods.extrapolate.rate': 0.5, 'methods.ssam.sparsity': 0.0},
+    )
     state, take, place = start(config, model=Small())
     state, _ = take(state, place(batches[0]))
     after = arrays(state)
