@@ -12,7 +12,8 @@ Usage: reference/launch_tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION ...]
 Commands:
   run      create, copy, start, follow. After a preemption: the same command.
   create   ask for the slice, and wait until it is there.
-  copy     copy the code to every host, and install what it needs.
+  copy     copy the code to every host, into a new folder conadv_optax.XXXXXX,
+           and install what it needs. Nothing is removed.
   start    start a process on every host, with the flags after --.
   follow   show the log of the first host until the run ends.
   stop     save a checkpoint and end the run.
@@ -143,7 +144,11 @@ is_running='kill -0 "$(cat train.pid)" 2>/dev/null'
 
 copy() {
   local archive
-  archive=$(mktemp -d)/conadv_optax.tar.gz
+  if [[ -z $dry_run ]]; then
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+  fi
+  archive=${scratch:-/tmp}/conadv_optax.tar.gz
   show_and_do tar -C "$root" -czf "$archive" --exclude=__pycache__ \
     conadv_optax reference pyproject.toml README.md LICENSE
   show_and_do gcloud compute tpus tpu-vm scp "$archive" "$name:conadv_optax.tar.gz" \
@@ -151,12 +156,13 @@ copy() {
   on_hosts all "set -e
 if $is_running; then echo 'A run is under way: stop it first.'; exit 1; fi
 ${setup:-true}
-rm -rf conadv_optax && mkdir conadv_optax
-tar -C conadv_optax -xzf conadv_optax.tar.gz
+code=\$(mktemp -d \"\$PWD/conadv_optax.XXXXXX\")
+tar -C \"\$code\" -xzf conadv_optax.tar.gz
 python3 -m pip install --user --quiet uv
 test -d .venv || python3 -m uv venv --quiet --python=3.11 .venv
 python3 -m uv pip install --quiet --python=.venv/bin/python \\
-  ${before:+--exclude-newer=${before}T00:00:00Z} -e 'conadv_optax[reference,tpu]'"
+  ${before:+--exclude-newer=${before}T00:00:00Z} -e \"\$code[reference,tpu]\"
+echo \"\$code\" > train.code"
 }
 
 start() {
@@ -164,9 +170,10 @@ start() {
   printf -v program ' %q' "${flags[@]}"
   on_hosts all "if $is_running; then echo 'A run is under way.'; exit 1; fi
 rm -f train.pid train.status
-nohup bash -c 'cd conadv_optax
-../.venv/bin/python -m reference.main --distributed \"\$@\" &
-echo \$! > ../train.pid; wait \$!; echo \$? > ../train.status' main$program \
+nohup bash -c 'home=\$PWD; cd \"\$(cat train.code)\"
+\"\$home\"/.venv/bin/python -m reference.main --distributed \"\$@\" &
+echo \$! > \"\$home\"/train.pid; wait \$!
+echo \$? > \"\$home\"/train.status' main$program \
 > train.log 2>&1 < /dev/null &"
 }
 
@@ -181,8 +188,22 @@ stop() {
   on_hosts all 'kill -TERM "$(cat train.pid)"'
 }
 
+days=(0 31 28 31 30 31 30 31 31 30 31 30 31)
+
+# By hand, as `date` differs between systems.
+is_day() {
+  [[ $1 =~ ^([0-9]{4})-([0-9]{2})-([0-9]{2})$ ]] || return
+  local year=$((10#${BASH_REMATCH[1]})) month=$((10#${BASH_REMATCH[2]}))
+  local last=${days[month]:-0}
+  if ((month == 2 && (year % 4 == 0 && year % 100 != 0 || year % 400 == 0))); then
+    last=29
+  fi
+  ((10#${BASH_REMATCH[3]} >= 1 && 10#${BASH_REMATCH[3]} <= last))
+}
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run='' name='' zone='' project='' type='' runtime='' spot='' setup='' before=''
+scratch=''
 command=${1:-}
 case $command in
   run | create | copy | start | follow | stop | delete) shift ;;
@@ -197,8 +218,10 @@ while (($#)); do
     --type=?*) type=${1#*=} ;;
     --runtime=?*) runtime=${1#*=} ;;
     --setup=?*) setup=${1#*=} ;;
-    --packages-before=[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]) before=${1#*=} ;;
-    --packages-before*) fail "no day: $1. As in --packages-before=2026-01-31" ;;
+    --packages-before*)
+      before=${1#*=}
+      is_day "$before" || fail "no day: $1. As in --packages-before=2026-01-31"
+      ;;
     --spot) spot=--spot ;;
     --dry-run) dry_run=yes ;;
     --) shift && break ;;
@@ -211,7 +234,11 @@ flags=("$@")
 [[ -n $zone ]] || fail "$command needs a zone: --zone=europe-west4-a"
 case " ${flags[*]-} " in
   *' --dry-run '*) fail '--dry-run comes before --' ;;
-  *' --workdir='*) ;;
+  *' --workdir=/'*) ;;
+  *' --workdir='*)
+    fail "the work folder begins with /, as hosts share no other: \
+-- --workdir=/mnt/runs/1"
+    ;;
   *)
     if [[ $command == run || $command == start ]]; then
       fail "$command needs where to keep the checkpoints, on storage that all \

@@ -41,13 +41,14 @@ esac
 """
 # Stands for the interpreter of a host; writes its arguments, and waits.
 PYTHON = """#!/usr/bin/env bash
-printf '%s\\n' "$PWD" "$@" > ../arguments
+here=$(dirname "$0")/../..
+printf '%s\\n' "$PWD" "$@" > "$here"/arguments
 trap 'echo saved; exit 143' TERM
 echo training
 for _ in {1..200}; do
   sleep 0.05
-  test -s ../go_on || continue
-  exit "$(cat ../go_on)"
+  test -s "$here"/go_on || continue
+  exit "$(cat "$here"/go_on)"
 done
 """
 UV = """#!/bin/sh
@@ -287,13 +288,39 @@ def test_every_slice_gets_the_packages_of_the_same_day(hosts):
   assert launch('copy', *SLICE, day, hosts=hosts).returncode == 0
   assert launch('copy', *SLICE, hosts=hosts).returncode == 0
   install = '-m uv pip install --quiet --python=.venv/bin/python'
-  package = '-e conadv_optax[reference,tpu]'
   for host in '01':
     asked = (hosts / host / 'uv').read_text().splitlines()
+    old, new = sorted(
+      filter(Path.is_dir, (hosts / host).glob('conadv_optax.*')),
+      key=lambda x: x.stat().st_ctime_ns,
+    )
     assert [line for line in asked if 'conadv_optax' in line] == [
-      f'{install} --exclude-newer=2026-01-31T00:00:00Z {package}',
-      f'{install} {package}',
+      f'{install} --exclude-newer=2026-01-31T00:00:00Z -e {old}[reference,tpu]',
+      f'{install} -e {new}[reference,tpu]',
     ]
+    assert (hosts / host / 'train.code').read_text() == f'{new}\n'
+    assert (old / 'reference' / 'main.py').exists()
+
+
+@pytest.mark.parametrize('day', ['2026-12-31', '2028-02-29', '2000-02-29'])
+def test_a_day_is_one_of_the_calendar(day):
+  *_, install = commands('copy', *SLICE, f'--packages-before={day}')
+  assert f'--exclude-newer={day}T' in install[-1]
+
+
+def test_nothing_that_lies_on_a_host_is_removed(hosts, monkeypatch):
+  # The work folder of somebody, where a copy of the code could lie.
+  kept = hosts / '0' / 'conadv_optax' / 'runs' / 'checkpoint'
+  kept.parent.mkdir(parents=True)
+  kept.write_text('the state of a week')
+  temporary = hosts / 'temporary'
+  temporary.mkdir()
+  monkeypatch.setenv('TMPDIR', str(temporary))
+  assert launch('copy', '--dry-run', *SLICE, hosts=hosts).returncode == 0
+  assert list(temporary.iterdir()) == []
+  assert launch('copy', *SLICE, hosts=hosts).returncode == 0
+  assert list(temporary.iterdir()) == []
+  assert kept.read_text() == 'the state of a week'
 
 
 def test_what_is_cut_off_is_lost_and_not_failed(hosts):
@@ -408,6 +435,13 @@ def test_no_answer_is_not_taken_for_no_slice(hosts):
     (['run', *SLICE, '--type=v4-8', '--', '--x'], '-- --workdir='),
     (['run', *SLICE, '--name='], 'no option --name='),
     (['copy', *SLICE, '--packages-before=31.1.'], '--packages-before=2026-'),
+    (['copy', *SLICE, '--packages-before=2026-13-45'], 'no day'),
+    (['copy', *SLICE, '--packages-before=2026-02-29'], 'no day'),
+    (['copy', *SLICE, '--packages-before=2026-04-31'], 'no day'),
+    (['copy', *SLICE, '--packages-before=2026-01-00'], 'no day'),
+    (['copy', *SLICE, '--packages-before='], 'no day'),
+    (['run', *SLICE, '--', '--workdir=runs/1'], 'begins with /'),
+    (['start', *SLICE, '--', '--workdir=~/runs/1'], 'begins with /'),
     (['run', *SLICE, '--', WORKDIR, '--dry-run'], '--dry-run comes before --'),
     (['run', *SLICE, WORKDIR], 'Flags of reference.main come after --'),
   ],
@@ -429,7 +463,8 @@ def test_a_run_from_nothing_to_its_end(hosts):
   assert result.returncode == 0, result.stderr
   assert result.stdout == 'training\n'
   for host in '01':
-    folder = hosts / host / 'conadv_optax'
+    folder = Path((hosts / host / 'train.code').read_text().strip())
+    assert folder.parent == hosts / host
     assert (folder / 'reference' / 'main.py').exists()
     assert (folder / 'conadv_optax' / '__init__.py').exists()
     assert (hosts / host / 'arguments').read_text().splitlines() == [
@@ -443,7 +478,7 @@ def test_a_run_from_nothing_to_its_end(hosts):
 def test_a_run_that_is_stopped_and_goes_on(hosts):
   start = ('start', *SLICE, '--', WORKDIR)
   for host in '01':
-    (hosts / host / 'conadv_optax').mkdir()
+    (hosts / host / 'train.code').write_text(f'{hosts / host}\n')
   assert launch(*start, hosts=hosts).returncode == 0
   wait_for(hosts / '1' / 'arguments')
   # Not twice, nor with other code under its feet.
