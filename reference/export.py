@@ -30,12 +30,13 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     # At absl's default Orbax tells of every file.
     logging.set_verbosity(logging.WARNING)
-  out = Path(_OUT.value)
+  out = Path(_OUT.value).expanduser()
   exports.check_empty(out)
-  model = trained.load(Path(_WORKDIR.value), step=_STEP.value)
+  workdir = Path(_WORKDIR.value).expanduser()
+  model = trained.load(workdir, step=_STEP.value)
   exported = exports.write(model, out, layout=_LAYOUT.value)
   print(
-    f'Step {model.step} of {_WORKDIR.value}: {exported.parameters:,} '
+    f'Step {model.step} of {workdir}: {exported.parameters:,} '
     f'parameters, {len(model.classes):,} classes.'
   )
   for path, what in exported.files.items():

@@ -75,9 +75,9 @@ def main(argv: list[str]) -> None:
   accept = [*_ACCEPT.value, *([agreement.SCHEDULE] if _EXTEND.value else [])]
   train.train(
     config,
-    Path(workdir),
+    Path(workdir).expanduser(),
     accept=accept,
-    init_from=Path(_INIT_FROM.value) if _INIT_FROM.value else None,
+    init_from=Path(_INIT_FROM.value).expanduser() if _INIT_FROM.value else None,
   )
 
 
