@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import conadv_optax as conadv
+from reference.command import Mistake
 from reference.run import models, objective, step
 
 Batch = dict[str, Any]
@@ -67,7 +68,7 @@ def make_evaluation(
     totals += jax.device_get(unread)
     loss, correct, count = totals
     if count == 0:
-      raise ValueError(
+      raise Mistake(
         'Evaluation needs at least one readable held-out image. Given none. '
         'Likely the copy of the images broke off: the log names each that was '
         'skipped.'

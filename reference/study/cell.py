@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 from conadv_optax import hessian
+from reference.command import Mistake
 from reference.data import augment, sources
 from reference.run import (
   checks,
@@ -96,13 +97,13 @@ def load(config: ml_collections.ConfigDict) -> Data:
   images.
 
   Raises:
-    ValueError: when there are fewer images than asked for.
+    Mistake: when there are fewer images than asked for.
   """
   source = sources.open_source(config.data)
   order = np.random.default_rng(0).permutation(len(source.train))
   held, used = config.study.validation_images, config.study.train_images
   if held + used > len(order):
-    raise ValueError(
+    raise Mistake(
       '`study.train_images` and `study.validation_images` share the training '
       f'images. Given {used} and {held} of {len(order)}. Take fewer: '
       f'`--config.study.train_images={len(order) - held}`.'
@@ -159,20 +160,20 @@ def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   method = methods.METHODS[config.method]
   crop, flip = config.data.crop, config.data.flip
   if method.copies and crop != 'resize':
-    raise ValueError(
+    raise Mistake(
       f'`{config.method}` crops its copies itself. Given data.crop={crop!r}, '
       'which would crop them twice. Take `--config.data.crop=resize`.'
     )
   if not method.copies and (
     crop not in ('pad', 'resize') or (crop == 'resize' and flip)
   ):
-    raise ValueError(
+    raise Mistake(
       'A study augments on the device: `data.crop` is pad, with or without '
       f'flips, or resize without. Given {crop!r} with flip={flip}. Likely it '
       'is the config of another job: `--config.data.crop=pad`.'
     )
   if method.images != ('image',):
-    raise ValueError(
+    raise Mistake(
       'A study has no AutoAugment, which is made on the host. Given '
       f'method={config.method!r}. Take the padded crops and flips of the '
       'device, `--config.data.crop=pad`.'
@@ -194,7 +195,7 @@ def make_program(
   """Compiles the main job's first state and step, for images on a device.
 
   Raises:
-    ValueError: for a config that cannot run.
+    Mistake: for a config that cannot run.
   """
   mesh = Mesh(np.asarray([device]), ('data',), axis_types=(AxisType.Auto,))
   _check(config, mesh)

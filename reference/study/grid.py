@@ -139,7 +139,7 @@ def run(
     command: that repeats it, for the CSV.
 
   Raises:
-    ValueError: for a config that cannot run, or a CSV of other columns.
+    Mistake: for a config that cannot run, or a CSV of other columns.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'study.csv'

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from reference.command import Mistake
+
 FIELDS = (
   'cell',
   'study',
@@ -52,14 +54,14 @@ def read_rows(path: Path) -> list[Row]:
   """The rows of a study, by column; a last line that was cut off is dropped.
 
   Raises:
-    ValueError: when the file is of other columns.
+    Mistake: when the file is of other columns.
   """
   if not path.exists():
     return []
   whole = path.read_text().rpartition('\n')[0]
   rows = list(csv.DictReader(whole.splitlines()))
   if whole and tuple(whole.splitlines()[0].split(',')) != FIELDS:
-    raise ValueError(
+    raise Mistake(
       f'A study goes on where its CSV ends, with the same columns. {path} has '
       'others. Likely another version wrote it: take another --workdir.'
     )

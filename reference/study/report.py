@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from reference import command
 from reference.study import plots, results
 from reference.tools import pages
 
@@ -232,8 +233,7 @@ def draw(rows: Sequence[results.Row], folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
   """Reads, prints, draws."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  del argv
   rows = results.read(Path(_CSV.value))
   print(report(rows))
   draw(rows, Path(_OUT.value))
@@ -242,4 +242,4 @@ def main(argv: list[str]) -> None:
 if __name__ == '__main__':
   _CSV = flags.DEFINE_string('csv', 'runs/study/study.csv', 'What study wrote.')
   _OUT = flags.DEFINE_string('out', 'runs/study', 'Receives the figures.')
-  app.run(main)
+  command.run(main)

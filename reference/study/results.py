@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from reference.command import Mistake
 from reference.study import record
 from reference.tools import tables
 
@@ -33,7 +34,7 @@ def finals(rows: Iterable[Row]) -> Groups:
   """The rows measured on the test images by (variant, batch size), by seed.
 
   Raises:
-    ValueError: when a seed stands twice, as the mean would mix two studies.
+    Mistake: when a seed stands twice, as the mean would mix two studies.
   """
   groups: Groups = {}
   for row in sorted(
@@ -41,7 +42,7 @@ def finals(rows: Iterable[Row]) -> Groups:
   ):
     group = groups.setdefault((row['variant'], int(row['batch_size'])), [])
     if group and group[-1]['seed'] == row['seed']:
-      raise ValueError(
+      raise Mistake(
         f'A mean is over seeds. {row["variant"]} at batch '
         f'{row["batch_size"]:.0f} has two rows of seed {row["seed"]:.0f}. '
         'Likely the config changed between two runs in one work folder: keep '

@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 import conadv_optax as conadv
+from reference import command
 from reference.run import loop, methods, objective, step, train
 from reference.study import cell as study_cell
 from reference.study import grid
@@ -175,8 +175,7 @@ def print_table(rows: Sequence[tables.Row]) -> None:
 
 def main(argv: list[str]) -> None:
   """Runs every seed, prints, writes."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  del argv
   config, [device, *_] = _CONFIG.value, jax.devices()
   data = study_cell.load(config)
   rows: list[tables.Row] = []
@@ -195,10 +194,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  _CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    str(Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'),
-    'The config of the study; --config.FIELD=VALUE overrides a field of it.',
+  _CONFIG = command.define_config(
+    Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'
   )
   _PEAK = flags.DEFINE_float('peak', 16.0, 'The largest learning rate.')
   _EPOCHS = flags.DEFINE_list(
@@ -207,4 +204,4 @@ if __name__ == '__main__':
   _OUT = flags.DEFINE_string(
     'out', 'runs/study/reused_loss.csv', 'Receives the rows.'
   )
-  app.run(main)
+  command.run(main)

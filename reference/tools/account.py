@@ -13,6 +13,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from reference.command import Mistake
 from reference.configs import imagenet
 from reference.run import checks, hosts, methods, train
 from reference.tools import slices
@@ -90,7 +91,7 @@ def compile_step(
   """The training step on ImageNet, compiled for the devices of a mesh.
 
   Raises:
-    ValueError: when the compiler finds that it does not fit.
+    Mistake: when the compiler finds that it does not fit.
   """
   model = train.make_model(config, num_classes=imagenet.CLASSES)
   tx, schedule, _ = train.make_optimizer(config, images=imagenet.TRAIN_IMAGES)
@@ -101,7 +102,7 @@ def compile_step(
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    raise ValueError(
+    raise Mistake(
       'The step must fit into the memory of a device, and '
       f'{config.batch_size // mesh.size} images on each of {mesh.size} do not: '
       f'{str(error).splitlines()[0]} Take a larger slice, `--topology=`, or '
@@ -198,7 +199,7 @@ def print_step(config: ml_collections.ConfigDict, topology: str) -> None:
   """Compiles the step of a config and prints its account.
 
   Raises:
-    ValueError: for a config or a slice that cannot be, or do not fit.
+    Mistake: for a config or a slice that cannot be, or do not fit.
   """
   checks.check_choices(config)
   checks.check_numbers(config)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
 from conadv_optax import hessian
+from reference import command
 from reference.data import input_pipeline, sources
 from reference.run import checkpoint, models, objective, step, train
 
@@ -34,7 +34,7 @@ def load(
   """The model, its parameters and statistics, and a training batch.
 
   Raises:
-    ValueError: when the work folder holds no checkpoint, or one of another
+    Mistake: when the work folder holds no checkpoint, or one of another
       config.
   """
   place = train.make_placement(train.make_mesh(config.batch_size))
@@ -46,7 +46,7 @@ def load(
   with checkpoint.open_reader(workdir) as reader:
     newest = reader.latest_step()
     if newest is None:
-      raise ValueError(
+      raise command.Mistake(
         f'The Hessian is that of a trained model, and {workdir} holds no '
         'checkpoint. Train one first: `python -m reference.main '
         f'--workdir={workdir}`.'
@@ -120,8 +120,7 @@ def draw(path: Path, spectrum: hessian.Spectrum, *, title: str = '') -> None:
 
 def main(argv: list[str]) -> None:
   """Loads, analyses, draws."""
-  if len(argv) > 1:
-    raise app.UsageError(f'Everything is a flag; given {argv[1:]}.')
+  del argv
   logging.set_verbosity(logging.WARNING)
   workdir = Path(_WORKDIR.value)
   spectrum = analyse(
@@ -140,10 +139,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   # Here, because `reference.main` defines flags of the same names.
-  _CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    str(Path(__file__).parents[1] / 'configs' / 'digits.py'),
-    'The config of the run, as it was given to `reference.main`.',
+  _CONFIG = command.define_config(
+    Path(__file__).parents[1] / 'configs' / 'digits.py'
   )
   _WORKDIR = flags.DEFINE_string(
     'workdir', 'runs/digits_conadv', 'The work folder of the run.'
@@ -151,4 +148,4 @@ if __name__ == '__main__':
   _DEGREE = flags.DEFINE_integer('degree', 64, 'Products of a probe.')
   _PROBES = flags.DEFINE_integer('probes', 4, 'Random starts.')
   _MICRO_BATCHES = flags.DEFINE_integer('micro_batches', 1, 'Parts of a batch.')
-  app.run(main)
+  command.run(main)

@@ -10,6 +10,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from reference.command import Mistake
+
 # What the compiler lets a program have, by its own error for one too large. Of
 # v3 a device is a core, with half of a chip's 32 GiB of HBM; of the others it
 # is a chip, with 32 GiB, 16 GB, 95 GB and 32 GB:
@@ -31,7 +33,7 @@ def open_topology(name: str) -> list[jax.Device]:
 
   Raises:
     ImportError: without libtpu.
-    ValueError: for a slice that does not exist.
+    Mistake: for a slice that does not exist.
   """
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
@@ -58,13 +60,13 @@ def open_topology(name: str) -> list[jax.Device]:
       platform='tpu', topology_name=name, **options
     ).devices
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(
+    raise Mistake(
       '`topology` must name a slice by its generation and its chips along each '
       f'axis. Given {name!r}: {error}. {examples}'
     ) from error
   kind = devices[0].device_kind
   if kind not in HBM_GIB:
-    raise ValueError(
+    raise Mistake(
       '`topology` must be of a kind whose memory is known here, '
       f'{", ".join(HBM_GIB)}. Given {name!r}, of {kind}. {examples}'
     )
@@ -75,12 +77,12 @@ def make_mesh(topology: str, batch_size: int) -> Mesh:
   """The devices of a slice along one axis, as `train.make_mesh`.
 
   Raises:
-    ValueError: when the batch does not divide evenly over them.
+    Mistake: when the batch does not divide evenly over them.
   """
   devices = open_topology(topology)
   if batch_size % len(devices):
     nearest = max(1, round(batch_size / len(devices))) * len(devices)
-    raise ValueError(
+    raise Mistake(
       'Every device takes the same share of a batch, so `batch_size` must be a '
       f'multiple of the number of devices. Given {batch_size} on the '
       f'{len(devices)} devices of {topology}. Take another slice, or the '
