@@ -1,6 +1,6 @@
 """The parameters of one run as the beginning of another, `--init_from`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from reference.command import Mistake
 from reference.data.wording import some
 from reference.run import checkpoint, models, trained
 
-Path_ = tuple[str, ...]
+# The path of a variable of the model.
+Variable = tuple[str, ...]
 
 
 class Start(NamedTuple):
@@ -26,13 +27,13 @@ class Start(NamedTuple):
     record: where they are from and what differs, as JSON has it.
   """
 
-  leaves: dict[Path_, np.ndarray]
+  leaves: dict[Variable, np.ndarray]
   record: dict[str, Any]
 
 
 def _shapes(
   model: models.Model, config: ml_collections.ConfigDict
-) -> dict[Path_, jax.ShapeDtypeStruct]:
+) -> dict[Variable, jax.ShapeDtypeStruct]:
   size, channels = config.data.size, len(config.data.mean)
   variables = jax.eval_shape(
     lambda key: model.init(
@@ -43,7 +44,7 @@ def _shapes(
   return traverse_util.flatten_dict(variables)
 
 
-def _names(paths: Sequence[Path_]) -> list[str]:
+def _names(paths: Collection[Variable]) -> list[str]:
   return sorted('/'.join(path) for path in paths)
 
 
@@ -62,8 +63,8 @@ def _changed_fields(
 
 def _check_fit(
   path: Path,
-  given: dict[Path_, np.ndarray],
-  wanted: dict[Path_, jax.ShapeDtypeStruct],
+  given: dict[Variable, np.ndarray],
+  wanted: dict[Variable, jax.ShapeDtypeStruct],
   changed: list[str],
 ) -> None:
   lacking = _names(wanted.keys() - given.keys())
@@ -130,7 +131,7 @@ def fit(
   ):
     notes.append(
       f'Its {len(found.classes):,} classes are not the {len(classes):,} here, '
-      f'so the head is new: {some(_names(list(head)))}.'
+      f'so the head is new: {some(_names(head))}.'
     )
     given = {name: x for name, x in given.items() if name not in head}
     wanted = {name: x for name, x in wanted.items() if name not in head}
