@@ -33,6 +33,9 @@ def make_section() -> dict[str, dict[str, Any]]:
     },
     # Zhao et al., https://arxiv.org/abs/2202.03599.
     'gradient_norm_penalty': {'radius': 0.05, 'penalty': 0.8},
+    # Xue et al., https://arxiv.org/abs/2210.11078. The anchor is the key of the
+    # module whose variance the others are brought to, their backbone.
+    'agvm': {'anchor': 'stem', 'every': 10, 'decay': 0.97, 'start': 0},
     # What the past gradient is multiplied by; no paper's.
     'extrapolate': {'rate': 0.1},
     # Augmented copies of each image, each a BatchNorm group of its own. They

@@ -31,7 +31,8 @@ class Method(NamedTuple):
     images: of a batch, as the input pipeline names them.
     branches: beside 'main', each with norm layers of its own.
     around: what takes this gradient somewhere else; see `_AROUND`.
-    gsnr: whether the signal-to-noise ratio over groups scales the gradient.
+    compares: what the optimizer does with how far the groups' gradients agree:
+      'gsnr' scales the gradient by that, 'agvm' each module's rate.
     copies: whether every image stands in the batch several times, augmented.
   """
 
@@ -39,7 +40,7 @@ class Method(NamedTuple):
   images: tuple[str, ...] = ('image',)
   branches: tuple[str, ...] = ()
   around: str = ''
-  gsnr: bool = False
+  compares: str = ''
   copies: bool = False
 
 
@@ -64,14 +65,15 @@ METHODS = {
   'ssam': Method(around='ssam'),
   'gradient_norm_penalty': Method(around='gradient_norm_penalty'),
   'extrapolate': Method(around='extrapolate'),
-  'vrgd': Method(gsnr=True),
+  'vrgd': Method(compares='gsnr'),
+  'agvm': Method(compares='agvm'),
   'conadv_sam': _CONADV._replace(around='sam'),
   'conadv_looksam': _CONADV._replace(around='looksam'),
   'conadv_gradient_norm_penalty': _CONADV._replace(
     around='gradient_norm_penalty'
   ),
   'conadv_extrapolate': _CONADV._replace(around='extrapolate'),
-  'conadv_vrgd': _CONADV._replace(gsnr=True),
+  'conadv_vrgd': _CONADV._replace(compares='gsnr'),
 }
 
 _AROUND: dict[str, Callable[..., conadv.GradientFunction]] = {
@@ -113,7 +115,7 @@ def groups(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
 
 def compares_groups(config: ml_collections.ConfigDict) -> bool:
   """Whether a step needs the second moment of the groups' gradients."""
-  return config.noise_scale or METHODS[config.method].gsnr
+  return config.noise_scale or bool(METHODS[config.method].compares)
 
 
 def splits(config: ml_collections.ConfigDict, batch_stats: Any) -> bool:

@@ -109,13 +109,14 @@ def make_model(
 
 
 def make_optimizer(
-  config: ml_collections.ConfigDict, *, images: int
+  config: ml_collections.ConfigDict, *, images: int, groups: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule, int]:
   """LARS, its schedule, and the number of steps.
 
   Args:
     config: of the run.
     images: in an epoch of training.
+    groups: whose gradients a step averages.
   """
   steps = math.ceil(config.epochs * images / config.batch_size)
   warmup = round(config.lars.warmup_epochs * images / config.batch_size)
@@ -137,8 +138,10 @@ def make_optimizer(
   )
   if is_absa:
     tx = conadv.adaptive_multi_steps(tx)
-  if method.gsnr:
+  if method.compares == 'gsnr':
     tx = optax.chain(conadv.scale_by_gsnr(), tx)
+  if method.compares == 'agvm':
+    tx = conadv.agvm(tx, groups=groups, **config.methods.agvm)
   return tx, schedule, steps
 
 
@@ -332,7 +335,9 @@ def train(
     stack.callback(batches.close)
 
     model = make_model(config, num_classes=source.num_classes)
-    tx, schedule, steps = make_optimizer(config, images=len(source.train))
+    tx, schedule, steps = make_optimizer(
+      config, images=len(source.train), groups=methods.groups(config, mesh)
+    )
     grad_fn = methods.make_gradient(model, config, mesh)
     # Of a run that resumes, one state is in memory, not two.
     described = describe_state(config, model, tx, grad_fn, mesh)

@@ -201,12 +201,15 @@ def make_program(
   _check(config, mesh)
   model = train.make_model(config, num_classes=data.num_classes)
   images = len(data.train.labels)
+  groups = methods.groups(config, mesh)
 
   def parts(numbers: Any) -> tuple[Any, Any, conadv.GradientFunction]:
     # The numbers are traced, which a config with types refuses.
     traced = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
     traced.update_from_flattened_dict(numbers)
-    tx, schedule, _ = train.make_optimizer(traced, images=images)
+    tx, schedule, _ = train.make_optimizer(
+      traced, images=images, groups=groups
+    )
     return tx, schedule, methods.make_gradient(model, traced, mesh)
 
   def batch_of(
@@ -240,7 +243,7 @@ def make_program(
     batch = batch_of(key, split, position, indices)
     return step.make_step(grad_fn, tx, schedule, config, mesh)(state, batch)
 
-  _, _, steps = train.make_optimizer(config, images=images)
+  _, _, steps = train.make_optimizer(config, images=images, groups=groups)
   staleness = methods.make_gradient(model, config, mesh).staleness
   numbers, key = numbers_of(config), jax.random.key(0)
   indices = np.zeros((staleness, config.batch_size), np.int32)

@@ -94,7 +94,11 @@ def compile_step(
     Mistake: when the compiler finds that it does not fit.
   """
   model = train.make_model(config, num_classes=imagenet.CLASSES)
-  tx, schedule, _ = train.make_optimizer(config, images=imagenet.TRAIN_IMAGES)
+  tx, schedule, _ = train.make_optimizer(
+    config,
+    images=imagenet.TRAIN_IMAGES,
+    groups=methods.groups(config, mesh),
+  )
   grad_fn = methods.make_gradient(model, config, mesh)
   state = train.describe_state(config, model, tx, grad_fn, mesh)
   try:

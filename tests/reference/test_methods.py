@@ -74,9 +74,9 @@ def test_eight_micro_batches_are_eight_devices():
 
 @pytest.mark.parametrize('method', NEW)
 def test_every_new_method_learns_its_batch(method):
-  config = tiny(method, accumulate=2)
+  config = tiny(method, accumulate=2, **{'methods.agvm.anchor': 'Dense_0'})
   config.lars.update({'peak': 1.0, 'warmup_epochs': 0.0})
-  tx, _, _ = train.make_optimizer(config, images=1437)
+  tx, _, _ = train.make_optimizer(config, images=1437, groups=2)
   state, take, place = start(config, model=Small(), tx=tx)
   form = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
   losses = []
@@ -238,6 +238,20 @@ def test_vrgd_and_the_noise_scale_compare_all_groups():
 
   tx, _, _ = train.make_optimizer(config, images=1437)
   assert len(tx.init(before.params)) == 2
+
+
+def test_agvm_multiplies_the_updates_of_modules():
+  numbers = {'methods.agvm.anchor': 'Dense_0', 'methods.agvm.every': 1}
+  config = tiny('agvm', accumulate=2, **numbers)
+  tx, _, _ = train.make_optimizer(config, images=1437, groups=4)
+  state, take, place = start(config, devices=2, model=Small(), tx=tx)
+  before = arrays(state)
+  assert set(before.opt_state.factors) == set(before.params)
+  state, _ = take(state, place(make_batch(0)))
+  factors = arrays(state).opt_state.factors
+  assert factors['Dense_0'] == 1
+  assert all(0.97 < x < 1.1 for x in factors.values())
+  assert len({float(x) for x in factors.values()}) > 1
 
 
 def test_copies_are_crops_of_the_padded_image():
@@ -454,7 +468,13 @@ def test_a_batch_that_does_not_divide_is_explained():
 
 
 @pytest.mark.parametrize(
-  'config', [tiny('vrgd'), tiny('conadv_vrgd'), tiny('sam', noise_scale=True)]
+  'config',
+  [
+    tiny('vrgd'),
+    tiny('conadv_vrgd'),
+    tiny('agvm'),
+    tiny('sam', noise_scale=True),
+  ],
 )
 def test_a_single_group_cannot_be_compared(config):
   with pytest.raises(ValueError, match=r'one device.*--config\.accumulate=8'):
