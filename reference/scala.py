@@ -35,6 +35,9 @@ _START = flags.DEFINE_float(
   lower_bound=0.0,
   upper_bound=1.0,
 )
+_ASCENT = flags.DEFINE_bool(
+  'ascent', True, 'Whether the noise climbs the loss; else it is drawn.'
+)
 _SEEDS = flags.DEFINE_integer(
   'seeds', 3, 'How many runs of each.', lower_bound=1
 )
@@ -43,7 +46,9 @@ _SEEDS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   """Prints a row for each epsilon."""
   del argv
-  run = text.Run(_BATCH.value, _EPOCHS.value, _RATE.value, _START.value)
+  run = text.Run(
+    _BATCH.value, _EPOCHS.value, _RATE.value, _START.value, _ASCENT.value
+  )
   print('| epsilon | loss, trained on | loss, held out | accuracy, held out |')
   print('|---|---|---|---|')
   for epsilon in _EPSILON.value:

@@ -165,12 +165,14 @@ class Run(NamedTuple):
     epochs: passes over the lines.
     rate: LAMB's peak.
     start: the share of the run before the noise sets in.
+    ascent: whether the noise climbs the loss; else it is drawn and left so.
   """
 
   batch_size: int
   epochs: int
   rate: float
   start: float
+  ascent: bool = True
 
 
 def train(data: Batch, run: Run, *, epsilon: float, seed: int) -> Any:
@@ -186,7 +188,8 @@ def train(data: Batch, run: Run, *, epsilon: float, seed: int) -> Any:
     optax.warmup_cosine_decay_schedule(0.0, run.rate, steps // 10, steps),
     weight_decay=0.01,
   )
-  attack = conadv.pgd(epsilon, norm='l2')
+  step_size = epsilon if run.ascent else 0.0
+  attack = conadv.pgd(epsilon, step_size=step_size, norm='l2')
   plain = make_step(conadv.plain(loss_fn, has_key=True), tx)
   noisy = make_step(
     conadv.wrap(loss_fn, 0, attack=attack, inputs=NOISE, has_key=True), tx

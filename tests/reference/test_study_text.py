@@ -53,12 +53,19 @@ def test_noise_sets_in_after_its_share_of_the_run(lines):
   data = text.rows_of(lines[0], np.arange(64))
   run = text.Run(batch_size=32, epochs=3, rate=0.02, start=1.0)
   with jax.numpy_dtype_promotion('standard'):
-    plain, never, half = (
-      text.train(data, run._replace(start=start), epsilon=epsilon, seed=0)
-      for epsilon, start in ((0.0, 0.0), (0.5, 1.0), (0.5, 0.5))
+    plain, never, half, drawn = (
+      text.train(data, run._replace(**fields), epsilon=epsilon, seed=0)
+      for epsilon, fields in (
+        (0.0, {'start': 0.0}),
+        (0.5, {'start': 1.0}),
+        (0.5, {'start': 0.5}),
+        (0.5, {'start': 0.5, 'ascent': False}),
+      )
     )
   chex.assert_trees_all_equal(never, plain)
-  assert np.abs(half['words']['embedding'] - plain['words']['embedding']).max()
+  words, others, draws = (x['words']['embedding'] for x in (half, plain, drawn))
+  assert np.abs(words - others).max() > 1e-4
+  assert np.abs(words - draws).max() > 1e-4
 
 
 def test_a_batch_of_more_lines_than_there_are(lines):
