@@ -2,6 +2,9 @@
 
 import csv
 import os
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -159,3 +162,28 @@ def test_a_writer_of_ones_own(tmp_path, monkeypatch):
     ValueError, match=r'config\.run\.writer=my_fake_metrics:Fake'
   ):
     metrics.make_writer(config, tmp_path)
+
+
+def test_the_writer_of_the_readme(tmp_path, monkeypatch):
+  wandb = mock.Mock()
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  readme = Path(metrics.__file__).parents[1] / 'README.md'
+  [block] = [
+    block.partition('```')[0]
+    for block in readme.read_text().split('```python\n')
+    if block.startswith('import wandb')
+  ]
+  (tmp_path / 'my_wandb.py').write_text(block)
+  monkeypatch.syspath_prepend(tmp_path)
+  config = digits.get_config()
+  config.run.writer = 'my_wandb:WandB'
+  record = metrics.open_record(
+    tmp_path, last_step=0, writers=metrics.make_writer(config, tmp_path)
+  )
+  metrics.add(record, row(20, loss=0.5))
+  metrics.close(record)
+  assert wandb.init.call_args.kwargs['id'] == tmp_path.name
+  assert wandb.init.call_args.kwargs['config']['epochs'] == 30.0
+  run = wandb.init.return_value
+  run.log.assert_called_once_with({'epoch': 2.0, 'loss': 0.5}, step=20)
+  run.finish.assert_called_once_with()

@@ -320,5 +320,25 @@ def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
 
 def test_an_argument_without_dashes_is_refused(tmp_path):
   result = run_main('config.method=conadv', folder=tmp_path)
-  assert result.returncode != 0
-  assert '--config.method=conadv' in result.stdout + result.stderr
+  assert result.returncode == 2
+  assert result.stdout == ''
+  [line] = result.stderr.splitlines()
+  assert '`--config.method=conadv`' in line
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--config.batchsize=3', 'Did you mean "batch_size"'),
+    ('--config.batch_size=0', '`batch_size` is a number of images'),
+  ],
+)
+def test_a_mistake_has_a_traceback_on_demand_alone(flag, message, tmp_path):
+  result = run_main(flag, folder=tmp_path)
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert len(result.stderr.splitlines()) == 1
+  result = run_main(flag, '--debug', folder=tmp_path)
+  assert result.returncode == 1
+  assert message in result.stderr.splitlines()[-1]
+  assert 'Traceback' in result.stderr
