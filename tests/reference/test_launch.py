@@ -437,6 +437,7 @@ def test_no_answer_is_not_taken_for_no_slice(hosts):
     (['copy', *SLICE, '--packages-before=31.1.'], '--packages-before=2026-'),
     (['copy', *SLICE, '--packages-before=2026-13-45'], 'no day'),
     (['copy', *SLICE, '--packages-before=2026-02-29'], 'no day'),
+    (['copy', *SLICE, '--packages-before=2100-02-29'], 'no day'),
     (['copy', *SLICE, '--packages-before=2026-04-31'], 'no day'),
     (['copy', *SLICE, '--packages-before=2026-01-00'], 'no day'),
     (['copy', *SLICE, '--packages-before='], 'no day'),

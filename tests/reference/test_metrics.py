@@ -86,6 +86,18 @@ GOOD = b'step,epoch,loss\n1,0.1,0.5\n2,0.2,0.25\n'
     (b'', [], 'does not name a column `step`'),
     (GOOD.decode().encode('utf-16'), [], 'does not name a column `step`'),
   ],
+  ids=[
+    'whole',
+    'mark',
+    'tail',
+    'end',
+    'cut',
+    'semicolons',
+    'zeros',
+    'long',
+    'empty',
+    'utf-16',
+  ],
 )
 def test_a_damaged_record_is_kept_and_the_run_goes_on(
   content, steps, damage, tmp_path, capsys
