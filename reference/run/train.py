@@ -445,7 +445,8 @@ def train(
         print('The run is complete: it is only evaluated.')
       last = (
         record.rows.pop()
-        if record.rows
+        # A damaged record may lack it.
+        if record.rows and record.rows[-1]['step'] == done
         else {'step': done, 'epoch': config.epochs}
       )
       metrics.add(record, {**last, **evaluate(state)})

@@ -235,6 +235,12 @@ def main(argv: list[str]) -> None:
   """Reads, prints, draws."""
   del argv
   rows = results.read(Path(_CSV.value))
+  if not rows:
+    raise command.Mistake(
+      f'A report is of a study that has begun. Given {_CSV.value}, which is '
+      'not there or holds no row. Likely the study has another work folder: '
+      '`--csv=WORKDIR/study.csv`.'
+    )
   print(report(rows))
   draw(rows, Path(_OUT.value))
 

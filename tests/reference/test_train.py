@@ -59,6 +59,17 @@ def test_the_main_job(method, tmp_path, capsys):
   assert 'held-out accuracy' in lines[2]
 
 
+def test_a_record_without_its_last_row_gets_it_again(tmp_path):
+  config = tiny('vanilla')
+  final = train.train(config, tmp_path)
+  path = tmp_path / 'metrics.csv'
+  path.write_bytes(path.read_bytes()[:-9] + b'\0' * 9)
+  again = train.train(config, tmp_path)
+  assert again['step'] == final['step'] == 3
+  assert again['held_out_accuracy'] == final['held_out_accuracy']
+  assert [float(row['step']) for row in read_csv(tmp_path)] == [1, 2, 3]
+
+
 def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
   def run_steps(config, *arguments, run=loop.run_steps, **keywords):
     batch = (config.batch_size, 8, 8, 1)
