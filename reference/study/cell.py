@@ -207,9 +207,7 @@ def make_program(
     # The numbers are traced, which a config with types refuses.
     traced = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
     traced.update_from_flattened_dict(numbers)
-    tx, schedule, _ = train.make_optimizer(
-      traced, images=images, groups=groups
-    )
+    tx, schedule, _ = train.make_optimizer(traced, images=images, groups=groups)
     return tx, schedule, methods.make_gradient(model, traced, mesh)
 
   def batch_of(
