@@ -84,6 +84,60 @@ def test_what_is_ignored_stays_so():
     signal.signal(signal.SIGHUP, before)
 
 
+def start(*command, **options):
+  return subprocess.Popen(
+    [sys.executable, *command],
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+
+
+def test_ctrl_c_while_modules_load_has_no_traceback():
+  # What runs in the background of a shell ignores it.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    process = start('-X', 'importtime', '-m', 'reference.main')
+  finally:
+    signal.signal(signal.SIGINT, before)
+  lines = []
+  for line in process.stderr:
+    lines.append(line)
+    if line.endswith(' jax._src.config\n'):
+      process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGINT
+  assert all(line.startswith('import time:') for line in lines)
+
+
+# What it says after its reader left, and that it goes on.
+TALKS = """
+import sys
+from reference import command
+def main(argv):
+  print('first')
+  sys.stdin.readline()
+  for _ in range(10000):
+    print('lost')
+    print('lost', file=sys.stderr)
+  sys.exit(7)
+command.run(main)
+"""
+
+
+def test_a_reader_that_leaves_does_not_end_a_run():
+  process = start('-c', TALKS, stdin=subprocess.PIPE)
+  # Before the end: nothing waits in a buffer.
+  assert process.stdout.readline() == 'first\n'
+  process.stdout.close()
+  process.stderr.close()
+  process.stdin.write('\n')
+  process.stdin.close()
+  assert process.wait(60) == 7
+
+
 # Python's own handlers would wait for the end of this, as of a compilation.
 BUSY = """
 import hashlib, signal, sys
@@ -99,13 +153,7 @@ with stopping.watch(lambda: print('released')) as stop:
 
 @pytest.mark.parametrize('times', [1, 2])
 def test_a_busy_main_thread_does_not_keep_the_process(times):
-  process = subprocess.Popen(
-    [sys.executable, '-c', BUSY, 'saves' if times == 2 else 'not yet'],
-    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  process = start('-c', BUSY, 'saves' if times == 2 else 'not yet')
   assert process.stdout.readline() == 'busy\n'
   process.send_signal(signal.SIGINT)
   if times == 2:
