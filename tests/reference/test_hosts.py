@@ -57,14 +57,13 @@ FLAGS = [
 # the other.
 SLOW = """
 import time
-from absl import app
-from reference import main
+from reference import command, main
 from reference.run import loop
 def fetch(*arguments, fetch=loop.fetch, **keywords):
   time.sleep(0.2)
   return fetch(*arguments, **keywords)
 loop.fetch = fetch
-app.run(main.main)
+command.run(main.main)
 """
 
 
@@ -124,13 +123,13 @@ def test_two_processes_that_are_stopped_and_resumed_are_one(
   alone, pair = tmp_path / 'alone', tmp_path / 'pair'
   processes = start_pair([pair, pair], program=('-c', SLOW))
   wait_for_row(pair, processes)
-  processes[1].send_signal(signal.SIGTERM)
+  processes[1].send_signal(signal.SIGUSR1)
   stopped = finish(processes)
-  assert [code for code, _, _ in stopped] == [143, 143], stopped
+  assert [code for code, _, _ in stopped] == [138, 138], stopped
   # Both at the same step, or the arrays of the checkpoint would be missing.
   newest = steps_saved(pair)[-1]
   assert newest < STEPS
-  assert f'after step {newest} of {STEPS}' in stopped[0][1]
+  assert f'Stopped by SIGUSR1 after step {newest} of' in stopped[0][1]
 
   resumed = finish(start_pair([pair, pair]))
   assert [code for code, _, _ in resumed] == [0, 0], resumed
@@ -234,6 +233,7 @@ def test_the_software_of_a_host_is_all_that_decides_a_result(monkeypatch):
   # These check, parse, draw and report.
   needed -= {'chex', 'absl-py', 'ml_collections', 'tqdm', 'tensorboardX'}
   needed -= {'matplotlib', 'scikit-learn', 'pillow', 'scipy'}
+  needed -= {'safetensors'}
   assert needed | {'jaxlib', 'libtpu', 'numpy'} <= hosts.software().keys()
 
   version = importlib.metadata.version
