@@ -245,15 +245,14 @@ def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
   flags = [*FLAGS, f'--workdir={tmp_path}', '--config.run.keep=1']
   code = (
     'import os, signal\n'
-    'from absl import app\n'
-    'from reference import main\n'
+    'from reference import command, main\n'
     'from reference.run import loop\n'
     'def fetch(*arguments, done, fetch=loop.fetch, **keywords):\n'
     '  if done == 6:\n'
     '    os.kill(os.getpid(), signal.SIGTERM)\n'
     '  return fetch(*arguments, done=done, **keywords)\n'
     'loop.fetch = fetch\n'
-    'app.run(main.main)\n'
+    'command.run(main.main)\n'
   )
   first = start('-c', code, *flags, '--config.run.checkpoint_every=90')
   assert first.returncode == 128 + signal.SIGTERM, first.stderr
