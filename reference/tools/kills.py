@@ -110,6 +110,15 @@ class Run:
     """Whether a process ended by itself."""
     return any(process.poll() is not None for process in self._processes)
 
+  def wait_for_a_row(self, workdir: Path) -> None:
+    """Waits until it records a step, or ended by itself."""
+    path = workdir / 'metrics.csv'
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while not self.is_over():
+      if path.exists() and path.stat().st_mtime_ns != before:
+        return
+      time.sleep(0.005)
+
   def send(self, number: int, which: list[int]) -> None:
     """Sends a signal to some of the processes, and to their workers."""
     for index in which:
@@ -257,7 +266,12 @@ class Campaign:
     if self._rng.random() < 0.5:
       which = [self._rng.choice(which)]
     run = Run(self._mode, workdir, '--config.run.checkpoint_every=3')
-    deadline = time.monotonic() + self._rng.uniform(0, self._seconds)
+    seconds = self._seconds
+    if self._rng.random() < 0.75:
+      # Most of the time it only starts.
+      run.wait_for_a_row(workdir)
+      seconds /= 4
+    deadline = time.monotonic() + self._rng.uniform(0, seconds)
     while time.monotonic() < deadline and not run.is_over():
       time.sleep(0.005)
     if run.is_over():
