@@ -323,7 +323,8 @@ class Campaign:
     workdir = self._out / f'killed_{self._begun}'
     self._begun += 1
     for _ in range(most):
-      if self._hit(workdir):
+      # One that has its last step would only be evaluated.
+      if self._hit(workdir) or _STEPS in _steps(workdir):
         break
       print(
         f'{self._mode.name}: step {max(_steps(workdir), default=0)}', flush=True
