@@ -13,7 +13,7 @@ References:
   <https://arxiv.org/abs/1706.06083>`_, 2018
 """
 
-import itertools
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,11 +92,13 @@ def pgd(
       (batch, tokens, features). What is said of an example holds for each ball.
     random_start: start at a uniform point of the ball.
     start_from_clean: with a random start, the probability of starting at the
-      clean input all the same, one coin for the batch.
+      clean input all the same, one coin for the batch and start.
     restarts: climb from as many random starts, and keep for each example the
-      end where its loss is highest (with `targets`, lowest). It needs the
-      loss of each example: with `has_branch`, let `loss_fn` return an array
-      (batch,) for the branch 'attack' in place of the mean.
+      end where its loss is highest (with `targets`, lowest), for one forward
+      pass more of each. It needs the loss of each example: with `has_branch`,
+      let `loss_fn` return an array (batch,) for the branch 'attack' in place of
+      the mean. With batch statistics the losses are those among the ends of one
+      start.
     bounds: `(low, high)` of a valid input, each like `epsilon`; the result
       never leaves them, even where the clean input is outside by more than the
       ball. In a short dtype they are rounded inwards.
@@ -180,14 +182,24 @@ class _Climb:
 
   def around(self, inputs: Any) -> Region:
     clean = _measurable(inputs, self.batch_axes)
+    numbers = {
+      'epsilon': self.epsilon,
+      'step_size': self.step_size,
+      'bounds[0]': self.low,
+      'bounds[1]': self.high,
+    }
+    of_leaves = {
+      name: _of_leaves(name, value, clean) for name, value in numbers.items()
+    }
+    jax.tree.map(
+      lambda _, low, high: _check_ordered(low, high),
+      clean,
+      of_leaves['bounds[0]'],
+      of_leaves['bounds[1]'],
+    )
     of_each = (
-      _of_leaves(name, value, clean)
-      for name, value in (
-        ('epsilon', self.epsilon),
-        ('step_size', self.step_size),
-        ('bounds[0]', self.low),
-        ('bounds[1]', self.high),
-      )
+      jax.tree.map(functools.partial(_broadcast, name), clean, value)
+      for name, value in of_leaves.items()
     )
     return Region(BALLS[self.norm], self.batch_axes, clean, *of_each)
 
@@ -242,22 +254,29 @@ class _Climb:
     assert key is not None  # `wrap` and its siblings have seen to it.
     keys = jax.random.split(key, self.restarts)
 
-    def better(i: jax.Array, best: tuple[Any, jax.Array]) -> Any:
+    def climbed(i: ArrayLike) -> tuple[Any, jax.Array]:
       x = self.craft(keys[i], gradient_fn, inputs)
-      height = self.sign * losses_fn(x)
+      return x, self.sign * losses_fn(x)
+
+    def better(new: tuple[Any, jax.Array], best: Any) -> Any:
       # Where a loss is NaN it is higher than nothing.
-      is_higher = height > best[1]
+      is_higher = new[1] > best[1]
       return jax.tree.map(
         lambda new, old: jnp.where(
           jnp.expand_dims(is_higher, range(1, new.ndim)), new, old
         ),
-        (x, height),
+        new,
         best,
       )
 
-    like = jax.eval_shape(losses_fn, inputs)
-    lowest = jnp.full(like.shape, -jnp.inf, like.dtype, device=like.sharding)
-    return jax.lax.fori_loop(0, self.restarts, better, (inputs, lowest))[0]
+    first = climbed(0)
+    lowest = jnp.where(False, first[1], -jnp.inf)
+    return jax.lax.fori_loop(
+      1,
+      self.restarts,
+      lambda i, best: better(climbed(i), best),
+      better(first, (inputs, lowest)),
+    )[0]
 
   def reuse(self, gradient: Any, inputs: Any) -> Any:
     return self.one_step(None, inputs)[1](gradient)
@@ -351,13 +370,18 @@ def fast_fgsm(
     <https://arxiv.org/abs/2001.03994>`_, 2020
   """
   if step_size is None:
-    check_not_negative('epsilon', epsilon)
-    step_size = 1.25 * epsilon
+    _check_each('epsilon', epsilon)
+    step_size = jax.tree.map(lambda radius: 1.25 * radius, epsilon)
   return pgd(epsilon, step_size=step_size, bounds=bounds, targets=targets)
 
 
-def _unpack(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
+def _unpack(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
   check_no_schedule('bounds', bounds)
+  if isinstance(bounds, dict):
+    raise TypeError(
+      '`bounds` is a pair, (low, high), also for several leaves. Given a dict. '
+      "Write `bounds=({'left': 0., 'right': 0.}, {'left': 1., 'right': 2.})`."
+    )
   try:
     low, high = bounds
   except (TypeError, ValueError) as error:
@@ -365,23 +389,29 @@ def _unpack(bounds: tuple[ArrayLike, ArrayLike]) -> tuple[Any, Any]:
       f'`bounds` is a pair, (low, high). Given {describe(bounds)}. Write '
       '`bounds=(0., 1.)`; each may be an array, one value a channel say.'
     ) from error
-  lows, highs = jax.tree.leaves(low), jax.tree.leaves(high)
-  for bound in (*lows, *highs):
+  for bound in jax.tree.leaves(bounds):
     check_no_schedule('bounds', bound)
-  # One of the two may be for all leaves of the inputs.
-  most_leaves = max(len(lows), len(highs))
-  pairs = (
-    itertools.islice(itertools.cycle(x), most_leaves) for x in (lows, highs)
-  )
-  for pair in zip(*pairs, strict=True):
-    least, most = map(concrete, pair)
-    if least is not None and most is not None and not np.all(least <= most):
-      raise ValueError(
-        '`bounds` is (low, high), with low nowhere above high. Given '
-        f'bounds=({least.tolist()}, {most.tolist()}). Likely they are swapped: '
-        '`bounds=(0., 1.)`.'
-      )
+  if jax.tree_util.all_leaves([low, high]):
+    _check_ordered(low, high)
   return low, high
+
+
+def _check_ordered(low: Any, high: Any) -> None:
+  least, most = concrete(low), concrete(high)
+  if least is None or most is None:
+    return
+  given = f'bounds=({least.tolist()}, {most.tolist()})'
+  if not np.all(least <= most):
+    raise ValueError(
+      '`bounds` is (low, high), with low nowhere above high. Given '
+      f'{given}. Likely they are swapped: `bounds=(0., 1.)`.'
+    )
+  if np.all(least == most):
+    raise ValueError(
+      f'`bounds` leave no room between low and high. Given {given}. Likely a '
+      'pair for each leaf: write all that is low first, `bounds=([0., 0.], '
+      '[1., 1.])`.'
+    )
 
 
 def _check_each(name: str, value: Any) -> None:
@@ -400,7 +430,7 @@ def _measurable(inputs: Any, batch_axes: int) -> Any:
     raise ValueError(
       'A ball has a place along the first `batch_axes` axes, which are those '
       f'of all leaves. Given batch_axes={batch_axes} for inputs of {given}. '
-      'Write `batch_axes=1`, a ball for each example.'
+      'Write `batch_axes=1`, a ball for each example, whose axis comes first.'
     )
   return jax.tree.map(lambda x: x.astype(widest), inputs)
 
@@ -408,21 +438,19 @@ def _measurable(inputs: Any, batch_axes: int) -> Any:
 def _of_leaves(name: str, value: Any, inputs: Any) -> Any:
   """`value` for each leaf of the inputs, one for all or a tree like them."""
   if jax.tree_util.all_leaves([inputs]):
-    return _broadcast(name, value, inputs)
+    return value if jax.tree_util.all_leaves([value]) else jnp.asarray(value)
   try:
-    of_each = jax.tree.broadcast(value, inputs)
+    return jax.tree.broadcast(value, inputs)
   except ValueError as error:
     raise ValueError(
       f'`{name}` is one number or array for all leaves of `inputs`, or one for '
       f'each in a container like theirs. Given {value!r:.80} for inputs of '
-      f'{jax.tree.map(describe, inputs)}. Likely an entry is missing.'
+      f'{jax.tree.map(describe, inputs)}. Likely an entry is missing, or it is '
+      'a tuple in place of a list.'
     ) from error
-  return jax.tree.map(
-    lambda value, x: _broadcast(name, value, x), of_each, inputs
-  )
 
 
-def _broadcast(name: str, value: Any, inputs: jax.Array) -> jax.Array:
+def _broadcast(name: str, inputs: jax.Array, value: Any) -> jax.Array:
   """`value` with the axes of the input, of size 1 where it is the same."""
   value = jnp.asarray(value, inputs.dtype)
   try:

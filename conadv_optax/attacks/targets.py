@@ -57,7 +57,8 @@ def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
   def targets(key: jax.Array | None, batch: Batch) -> Batch:
     assert key is not None  # `wrap` and its siblings have seen to it.
     labels = label_leaf.get(batch)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    dtype = getattr(labels, 'dtype', None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
       raise TypeError(
         '`random_targets` draws class indices, so the labels must be integers. '
         f'Given {describe(labels)}. If they are one-hot, let the loss encode '

@@ -43,24 +43,25 @@ def path_names(path: tuple[Any, ...]) -> tuple[Any, ...]:
   return tuple(key_name(entry) for entry in path)
 
 
-def named(tree: Any) -> dict[tuple[Any, ...], Any]:
+def named(
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[tuple[Any, ...], Any]:
   """The leaves of a tree by the keys that lead to them."""
-  return {
-    path_names(path): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  }
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  return {path_names(path): leaf for path, leaf in flat}
 
 
 def _spell(names: tuple[Any, ...]) -> str:
   return repr(names[0]) if len(names) == 1 else repr(names)
 
 
-def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
+def leaf(spec: LeafSpec, *, argument: str, is_one: bool = True) -> Leaf:
   """Turns what names one leaf, or a list or dict of that, into a `Leaf`.
 
   Args:
     spec: what the user passed.
     argument: the name of the user's argument, for the error message.
+    is_one: whether it is all of that argument, and not one of several.
 
   Returns:
     A `Leaf` whose functions raise `KeyError` when the batch has no such leaf.
@@ -85,7 +86,8 @@ def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
       spelled = [_spell(name) for name in names]
       near = difflib.get_close_matches(_spell(wanted), spelled, n=1, cutoff=0.5)
       hint = near or spelled[:1]
-      fix = f' Did you mean `{argument}={hint[0]}`?' if hint else ''
+      code = f'`{argument}={hint[0]}`' if is_one else ''.join(hint)
+      fix = f' Did you mean {code}?' if hint else ''
       raise KeyError(
         f'`{argument}` must name one leaf of the batch. Given '
         f'{_spell(wanted) if wanted else wanted}, but the leaves of the batch '
@@ -105,15 +107,24 @@ def leaf(spec: LeafSpec, *, argument: str) -> Leaf:
   return Leaf(get, set_)
 
 
+def form_of(spec: LeafSpec) -> Any:
+  """The lists and dicts of a `LeafSpec`, around a 0 for each leaf."""
+  return jax.tree.map(
+    lambda _: 0, spec, is_leaf=lambda x: not isinstance(x, list | dict)
+  )
+
+
 def _several(specs: Any, argument: str) -> Leaf:
   names = specs if isinstance(specs, dict) else range(len(specs))
   parts = {
-    name: leaf(specs[name], argument=f'{argument}[{name!r}]') for name in names
+    name: leaf(specs[name], argument=argument, is_one=False) for name in names
   }
-  if not parts:
+  # A pair of functions may read anything.
+  plain = [str(specs[name]) for name in names if isinstance(specs[name], str)]
+  if not parts or len(set(plain)) < len(plain):
     raise ValueError(
-      f'`{argument}` must name a leaf of the batch, or several. Given '
-      f"{specs!r}. Write `{argument}=['left', 'right']`."
+      f'`{argument}` must name a leaf of the batch, or several, each once. '
+      f"Given {specs!r}. Write `{argument}=['left', 'right']`."
     )
 
   def get(batch: Batch) -> Any:

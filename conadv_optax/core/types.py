@@ -45,8 +45,8 @@ class Queue(NamedTuple):
 
   Attributes:
     batch: the clean batches. With `reuse_gradient` the clean half is not
-      needed again, and the perturbed leaf holds the adversarial copy.
-    adversarial: the adversarial copy of the perturbed leaf alone, or None with
+      needed again, and `inputs` hold the adversarial copy.
+    adversarial: the adversarial copy of `inputs` alone, or None with
       `reuse_gradient`.
   """
 

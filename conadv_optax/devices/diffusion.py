@@ -19,7 +19,12 @@ from jax.typing import ArrayLike
 
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.micro_batches import check_divides
-from conadv_optax.core.numeric import at_least_float32, is_inexact
+from conadv_optax.core.numeric import (
+  at_least_float32,
+  describe,
+  is_inexact,
+)
+from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch, GradientFunction, LossFn
 from conadv_optax.devices import groups
 from conadv_optax.training.plain import as_gradient_function
@@ -142,15 +147,20 @@ class _Agents:
     def copies(x: jax.Array) -> jax.Array:
       x = jnp.asarray(x)
       every = jnp.broadcast_to(x[None], (self.agents, *x.shape))
-      return jax.device_put(every, NamedSharding(self.mesh, P(self.axis)))
+      # As `combine` returns it, or the second step would compile again.
+      spec = P(self.axis, *[None] * x.ndim)
+      return jax.device_put(every, NamedSharding(self.mesh, spec))
 
     return jax.tree.map(copies, tree)
 
   def init(self, call: Call) -> Any:
+    _check_agents((call.params, call.model_state), self.agents)
     batches = [self._place(batch) for batch in call.batch]
     return self._init(call._replace(batch=batches))
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, Any]:
+    trees = call.params, call.model_state, call.state
+    _check_agents(trees, self.agents)
     return self._step(call._replace(batch=self._place(call.batch)))
 
   @functools.cached_property
@@ -216,16 +226,32 @@ def _combination(matrix: np.ndarray, mesh: Mesh, axis: str) -> Any:
     return total.astype(x.dtype)
 
   spec = P(axis)
-  return jax.jit(
-    jax.shard_map(
-      lambda tree: jax.tree.map(local, tree),
-      mesh=mesh,
-      in_specs=spec,
-      out_specs=spec,
-      axis_names={axis},
-      check_vma=False,
-    )
+  mapped = jax.shard_map(
+    lambda tree: jax.tree.map(local, tree),
+    mesh=mesh,
+    in_specs=spec,
+    out_specs=spec,
+    axis_names={axis},
+    check_vma=False,
   )
+
+  def combine(tree: Any) -> Any:
+    _check_agents(tree, agents)
+    return mapped(tree)
+
+  return jax.jit(combine)
+
+
+def _check_agents(tree: Any, agents: int) -> None:
+  for path, x in named(tree).items():
+    if jnp.shape(x)[:1] != (agents,):
+      raise ValueError(
+        'Every tree of a `diffusion` has a leading axis with an entry for each '
+        f'agent, here {agents}. Leaf {list(path)} is {describe(x)}. Likely it '
+        'is the tree of one agent: write `params = agents.spread(params)`. Or '
+        'it is of a run on other devices: take one agent, or their mean, and '
+        'spread that.'
+      )
 
 
 def metropolis_weights(neighbours: ArrayLike) -> np.ndarray:
@@ -269,8 +295,8 @@ def metropolis_weights(neighbours: ArrayLike) -> np.ndarray:
     raise ValueError(
       '`neighbours` is a square matrix, the same along rows and columns: who '
       'hears is heard. Given the shape '
-      f'{graph.shape}. Likely edges of one direction: write '
-      '`neighbours + neighbours.T`.'
+      f'{graph.shape}. Where it is square, likely edges of one direction: '
+      'write `neighbours + neighbours.T`.'
     )
   np.fill_diagonal(graph, False)
   degrees = graph.sum(0)

@@ -256,7 +256,8 @@ class _Sam:
     output = loss, aux._replace(second_moment=None)
     gradient = self._mean(tree_at_least_float32(grads))
 
-    rounding = _rounding(grads)
+    # Of the point: gradients of a group's share are float32 whatever it is.
+    rounding = _rounding(call.params)
 
     def sharp() -> Any:
       """The gradient at the point uphill."""
@@ -320,10 +321,10 @@ def _where(condition: jax.Array, x: Any, y: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
-def _rounding(gradients: Any) -> float:
-  """The part of a gradient that its rounding may turn, with room to spare."""
+def _rounding(params: Any) -> float:
+  """The part of a gradient that rounding may turn, with room to spare."""
   coarsest = max(
-    float(jnp.finfo(g.dtype).eps) for g in jax.tree.leaves(gradients)
+    float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params)
   )
   return coarsest + 64 * float(jnp.finfo(jnp.float32).eps)
 

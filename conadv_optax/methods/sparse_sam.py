@@ -22,7 +22,6 @@ from conadv_optax.core.numeric import (
   check_count,
   check_not_negative,
   check_share,
-  describe,
   tree_at_least_float32,
   zeros_like,
 )
@@ -222,6 +221,7 @@ class _SparseSam:
     rate = self.drop_rate
     rate = jnp.asarray(rate(count) if callable(rate) else rate, jnp.float32)
     most = min(kept, _size(mask) - kept)
+    rate = jnp.clip(rate, 0.0, 1.0)
     dropped = jnp.minimum((rate * kept).astype(jnp.int32), most)
     # A size is 0 or more, so what is -1 comes last.
     there = jax.tree.map(
@@ -349,8 +349,9 @@ def _check_rule(
   if given[0] != is_dynamic or (is_dynamic and given[1]):
     raise ValueError(
       "`num_samples` and `fisher` are for `rule='fisher'`, `drop_rate` is for "
-      f"`rule='dynamic'`, which needs it. Given {describe(drop_rate)} for "
-      f'`drop_rate` with the rule {"dynamic" if is_dynamic else "fisher"!r}. '
+      f"`rule='dynamic'`, which needs it. Given drop_rate={drop_rate!r}, "
+      f'num_samples={num_samples!r}, fisher={fisher!r} with the rule '
+      f'{"dynamic" if is_dynamic else "fisher"!r}. '
       "Write `rule='dynamic', drop_rate=optax.cosine_decay_schedule(0.5, "
       "total_steps)`, or `rule='fisher'` without it."
     )

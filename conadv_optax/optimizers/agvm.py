@@ -20,7 +20,7 @@ from conadv_optax.core.numeric import (
   check_count,
   check_share,
 )
-from conadv_optax.core.paths import path_names
+from conadv_optax.core.paths import named
 from conadv_optax.core.second_moment import check_second_moment
 from conadv_optax.dual_bn import Branched
 
@@ -200,8 +200,8 @@ def _variances(
     # The mean of squares is no smaller than the square of the mean, but for
     # rounding.
     difference = jnp.maximum(noise[name], 0.0)
-    whole = signal[name] + difference
-    return 2 * difference / jnp.where(whole > 0, whole, 1.0)
+    # A module without a gradient has no cosine: NaN, by which nothing moves.
+    return 2 * difference / (signal[name] + difference)
 
   return {name: of_module(name) for name in signal}
 
@@ -215,10 +215,7 @@ def _names(tree: Any, modules: Sequence[str] | None) -> list[str]:
       *(tree.branches[name] for name in sorted(tree.branches)),
     )
     return [name for part in trees for name in _names(part, modules)]
-  paths = [
-    '/'.join(map(str, path_names(path)))
-    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-  ]
+  paths = ['/'.join(map(str, path)) for path in named(tree)]
   if modules is None:
     return [path.partition('/')[0] for path in paths]
   return [
@@ -230,13 +227,19 @@ def _names(tree: Any, modules: Sequence[str] | None) -> list[str]:
 def _check_names(
   names: list[str], params: Any, anchor: str, modules: Sequence[str] | None
 ) -> None:
+  if isinstance(modules, str):
+    raise TypeError(
+      '`modules` is a list of names. Given a string. Write '
+      f'`modules=[{modules!r}]`.'
+    )
   for wanted in (anchor, *(modules or ())):
-    if wanted not in names:
-      there = sorted(set(names) | set(_names(params, None)) - {''})
+    if wanted not in names or not wanted:
+      there = sorted((set(names) | set(_names(params, None))) - {''})
       near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.0)
       hint = f" Did you mean '{near[0]}'?" if near else ''
       raise ValueError(
         'The anchor and every module must be the beginning of the path of a '
-        f'parameter, the anchor one of the modules. Given {wanted!r}; the '
+        'parameter, the anchor one of the modules, none behind one that it '
+        f'begins with. Given {wanted!r}; the '
         f'parameters are under {", ".join(there)[:200]}.{hint}'
       )

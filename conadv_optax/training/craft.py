@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import cast_like, describe
+from conadv_optax.core.numeric import cast_like, describe, is_inexact
 from conadv_optax.core.paths import Leaf, named
 from conadv_optax.core.types import Attack, Batch
 from conadv_optax.training.loss import split_key
@@ -54,13 +54,15 @@ def craft(
     def scaled(perturbed: Any) -> jax.Array:
       value = loss(leaf.set(batch, cast_like(perturbed, clean)), loss_key)
       if value.ndim:
-        value = value.sum() / size.astype(value.dtype)
+        losses = _check_losses(value, leaf.examples(batch))
+        value = losses.sum() / size.astype(losses.dtype)
       return scale.astype(value.dtype) * value
 
     return jax.tree.map(
       lambda g: g / scale.astype(g.dtype), jax.grad(scaled)(perturbed)
     )
 
+  _check_set(batch, leaf.set(batch, clean))
   extra = [losses_fn] if attack.needs_losses else []
   crafted = attack.craft(craft_key, gradient_fn, clean, *extra)
   return check_crafted(crafted, clean)
@@ -70,20 +72,21 @@ def _check_losses(losses: jax.Array, examples: int) -> jax.Array:
   """One for each example."""
   if losses.shape != (examples,):
     raise TypeError(
-      'This attack compares the losses of each example, so `loss_fn` must '
-      f'return one number for each of the {examples} where it is called for '
-      f'the attack. It returned {describe(losses)}. Say `has_branch=True`, and '
-      "`return losses if branch == 'attack' else losses.mean()`."
+      'An attack that compares the losses of examples, and a `loss_fn` that '
+      f'returns them, need one for each of the {examples} where it is called '
+      f'for the attack. It returned {describe(losses)}. In `wrap` say '
+      "`has_branch=True` and `return losses if branch == 'attack' else "
+      'losses.mean()`; in `perturb`, `return losses`.'
     )
   return losses
 
 
 def check_inputs(inputs: Any) -> None:
   """The perturbed leaf, or each of several, is a floating-point batch."""
-  sizes = {}
-  for path, x in named(inputs).items():
-    _check_input(x)
-    sizes[path] = x.shape[0]
+  if not jax.tree.leaves(inputs):
+    _check_input(inputs)
+  leaves = named(inputs, is_leaf=lambda x: x is None)
+  sizes = {path: _check_input(x) for path, x in leaves.items()}
   if len(set(sizes.values())) > 1:
     given = {'/'.join(map(str, path)): size for path, size in sizes.items()}
     raise ValueError(
@@ -92,7 +95,8 @@ def check_inputs(inputs: Any) -> None:
     )
 
 
-def _check_input(inputs: Any) -> None:
+def _check_input(inputs: Any) -> int:
+  """The number of examples."""
   if not hasattr(inputs, 'dtype') or not hasattr(inputs, 'shape'):
     raise TypeError(
       'The perturbed leaf must be an array with a leading batch axis. Given '
@@ -108,6 +112,22 @@ def _check_input(inputs: Any) -> None:
     raise ValueError(
       'The perturbed leaf must have a leading batch axis of at least one '
       f'example. Given {describe(inputs)}.'
+    )
+  return inputs.shape[0]
+
+
+def _check_set(batch: Batch, after: Batch) -> None:
+  """What `set` puts in, the loss can be differentiated in."""
+  before = jax.tree.leaves(batch)
+  changed = [
+    x for x in jax.tree.leaves(after) if not any(x is old for old in before)
+  ]
+  if changed and not any(map(is_inexact, changed)):
+    raise TypeError(
+      'The loss is differentiated in what `set(batch, value)` puts into the '
+      f'batch, which must be floating. It put in {describe(changed[0])}. '
+      'Likely it converts back to pixels, along which nothing has a gradient: '
+      'leave the floats, and convert where they are shown.'
     )
 
 
@@ -127,7 +147,8 @@ def check_crafted(crafted: Any, clean: Any) -> Any:
     {path: _form(x) for path, x in named(tree).items()}
     for tree in (crafted, clean)
   )
-  if given != wanted:
+  forms: list[Any] = [jax.tree.structure(tree) for tree in (crafted, clean)]
+  if given != wanted or forms[0] != forms[1]:
     returned, inputs = (
       str(jax.tree.map(describe, tree)) for tree in (crafted, clean)
     )

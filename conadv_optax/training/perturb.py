@@ -55,11 +55,12 @@ def perturb(
   Returns:
     A batch of the same structure, shapes and dtypes. The leaf of a `(get, set)`
     pair is what `set` makes of the floats: where `get` converts uint8 pixels,
-    all of its examples come back as floats, unless `set` converts back.
+    all of its examples come back as floats.
 
   Raises:
-    TypeError: for an attack that is none, inputs that are not floating, or a
-      loss that is not a floating scalar.
+    TypeError: for an attack that is none, inputs that are not floating before
+      or after `set`, or a loss that is neither a floating scalar nor one number
+      an example.
     ValueError: for a fraction outside (0, 1], or a missing key.
     KeyError: when the batch has no leaf `inputs`.
 

@@ -57,6 +57,6 @@ def check_reuse(attack: Attack, staleness: int) -> None:
   if attack.reuse is None:
     raise ValueError(
       '`reuse_gradient=True` has one gradient, at the clean inputs: it needs '
-      'an attack of one step, without random start and without targets. '
+      'an attack of one step, without random start, restarts or targets. '
       'Write `attack=conadv.fgsm(epsilon)`, or `reuse_gradient=False`.'
     )

@@ -23,7 +23,7 @@ from conadv_optax.core.numeric import (
   concrete,
   describe,
 )
-from conadv_optax.core.paths import LeafSpec
+from conadv_optax.core.paths import LeafSpec, form_of
 from conadv_optax.core.paths import leaf as _leaf
 from conadv_optax.core.types import (
   Attack,
@@ -190,6 +190,7 @@ def wrap(
   extra = dict(extra_branches or {})
   branches = ('main', 'adversarial', *extra)
   _check_branches(branches, weights)
+  _check_views(inputs, extra)
   if weights is None:
     weights = dict.fromkeys(branches, 1 / len(branches))
   fields = (
@@ -284,6 +285,18 @@ def _check_staleness(staleness: Any) -> None:
       '`staleness` is how many steps old the parameters of an attack are, 0 or '
       f'more. Given staleness={staleness}.'
     )
+
+
+def _check_views(inputs: LeafSpec, extra: Mapping[str, LeafSpec]) -> None:
+  """Each view has as many leaves as the inputs whose place it takes."""
+  for name, spec in extra.items():
+    if form_of(spec) != form_of(inputs):
+      raise ValueError(
+        'A view of an extra branch takes the place of `inputs`, so it names as '
+        f'many leaves, in a container like theirs. Given inputs={inputs!r} and '
+        f"extra_branches={{{name!r}: {spec!r}}}. Write `inputs=['left', "
+        "'right'], extra_branches={'augmented': ['left_2', 'right_2']}`."
+      )
 
 
 def _check_branches(branches: Sequence[str], weights: Any) -> None:

@@ -124,6 +124,17 @@ def test_with_two_groups_it_is_the_cosine_of_equal_halves():
   )
 
 
+def test_a_module_without_a_gradient_keeps_its_factor():
+  grads = {'a': jnp.array([1.0, 2.0]), 'b': jnp.zeros(2), 'c': jnp.ones(2)}
+  moment = jax.tree.map(lambda g: 1.5 * g**2, grads)
+  for anchor in ('a', 'b'):
+    tx = conadv.agvm(optax.sgd(1.0), groups=2, anchor=anchor, every=1)
+    _, state = tx.update(grads, tx.init(grads), second_moment=moment)
+    chex.assert_trees_all_close(
+      state.factors, dict.fromkeys('abc', jnp.float32(1)), atol=1e-6
+    )
+
+
 def test_groups_that_agree_and_a_nan_leave_finite_factors():
   grads = {'a': jnp.ones(3), 'b': jnp.zeros(2)}
   tx = conadv.agvm(optax.sgd(1.0), groups=8, anchor='a', every=1)
@@ -184,6 +195,13 @@ def test_what_cannot_be_is_refused(arguments, words):
   with pytest.raises(ValueError) as error:
     conadv.agvm(optax.sgd(1.0), **arguments).init(PARAMS)
   assert_says(error, *words)
+
+
+def test_modules_are_a_list():
+  with pytest.raises(TypeError, match=r"modules=\['head'\]"):
+    conadv.agvm(optax.sgd(1.0), groups=2, anchor='head', modules='head').init(
+      PARAMS
+    )
 
 
 def test_no_second_moment_is_an_error():

@@ -197,19 +197,28 @@ def test_short_dtypes_are_combined_in_float32():
   )
 
 
-def test_no_step_compiles_again():
+@pytest.mark.parametrize('kind', KINDS)
+def test_no_step_compiles_again(kind):
   agents = conadv.diffusion(
-    attacked(1), make_mesh(AGENTS), conadv.metropolis_weights(ring())
+    attacked(1), make_mesh(AGENTS, kind=kind), conadv.metropolis_weights(ring())
   )
   params = agents.spread(W)
   state = agents.init(params, BATCHES[:1])
-  with jax.log_compiles():
-    for batch in BATCHES[1:]:
-      _, grads, state = agents.value_and_grad(params, state, batch)
-      params = agents.combine(params - RATE * grads)
-      if batch is BATCHES[1]:
-        compiled = agents.combine._cache_size()
-  assert agents.combine._cache_size() == compiled
+  step = jax.jit(agents.value_and_grad)
+  for batch in BATCHES[1:]:
+    _, grads, state = step(params, state, batch)
+    params = agents.combine(params - RATE * grads)
+  assert (step._cache_size(), agents.combine._cache_size()) == (1, 1)
+
+
+def test_trees_without_the_axis_of_agents_are_refused():
+  agents = conadv.diffusion(loss_fn, make_mesh(4), np.eye(4))
+  of_more = jnp.ones((8, 3))
+  for params in (jnp.asarray(W), of_more, jnp.array(1.0)):
+    with pytest.raises(ValueError, match=r'agents\.spread'):
+      agents.value_and_grad(params, agents.init(of_more[:4], []), BATCHES[0])
+    with pytest.raises(ValueError, match=r'agents\.spread'):
+      agents.combine(params)
 
 
 @pytest.mark.parametrize(

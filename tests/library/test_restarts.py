@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from error_checks import assert_says
+from jax.sharding import PartitionSpec as P
 from meshes import CLOSE, KINDS, make_mesh, on
 
 import conadv_optax as conadv
@@ -117,6 +118,40 @@ def test_a_loss_that_is_no_number_is_never_the_worst():
   )
   assert (found['image'] <= 0).all()
   assert (found['image'] < 0).any()
+
+
+def test_restarts_in_a_shard_map_of_the_users_own():
+  mesh = make_mesh(4)
+
+  def attacked(w, batch, key):
+    return conadv.perturb(losses_of, w, batch, attack=attack_with(3), key=key)[
+      'image'
+    ]
+
+  spread = jax.shard_map(
+    attacked,
+    mesh=mesh,
+    in_specs=(P(), P('data'), P()),
+    out_specs=P('data'),
+  )
+  key = jax.random.key(0)
+  first = jax.tree.map(lambda x: x[: SIZE // 4], BATCH)
+  np.testing.assert_allclose(
+    jax.jit(spread)(W, BATCH, key)[: SIZE // 4],
+    attacked(W, first, key),
+    rtol=1e-5,
+  )
+
+
+def test_losses_of_something_else_are_refused():
+  with pytest.raises(TypeError) as error:
+    conadv.perturb(
+      lambda w, batch: batch['image'].mean(0),
+      W,
+      BATCH,
+      attack=conadv.fgsm(0.1),
+    )
+  assert_says(error, 'each of the 16', 'float32[3]')
 
 
 def test_a_mean_is_refused_where_losses_are_compared():

@@ -551,3 +551,26 @@ def test_an_axis_without_devices_is_an_error():
   params = make_params()
   with pytest.raises(ValueError, match=r'conadv\.data_parallel'):
     grad_fn.value_and_grad(params, grad_fn.init(params, []), make_regression(0))
+
+
+def test_what_looksam_reuses_is_no_rounding_where_there_is_a_denominator():
+  # The gradient is the parameters, so that the one uphill is parallel to it.
+  params = jax.random.normal(jax.random.key(0), (1000,)).astype(jnp.bfloat16)
+  batch = {'w': jnp.ones(4)}
+
+  def loss(params, batch):
+    half = 0.5 * jnp.sum(params.astype(jnp.float32) ** 2)
+    return half * jnp.mean(batch['w'])
+
+  grad_fn = conadv.sam(
+    conadv.plain(loss, denominator=lambda batch: jnp.sum(batch['w'])),
+    0.5,
+    every=2,
+  )
+  grad_fn = conadv.accumulate(grad_fn, 2)
+  state = grad_fn.init(params, [])
+  for _ in range(2):
+    _, grads, state = grad_fn.value_and_grad(params, state, batch)
+  chex.assert_trees_all_close(
+    grads.astype(jnp.float32), params.astype(jnp.float32), rtol=0.02
+  )

@@ -250,7 +250,33 @@ def test_tokens_have_balls_of_their_own():
   ('kind', 'arguments', 'words'),
   [
     (ValueError, {'inputs': []}, ['name a leaf', "['left', 'right']"]),
-    (KeyError, {'inputs': ['left', 'rihgt']}, ["'rihgt'", "inputs[1]='right'"]),
+    (ValueError, {'inputs': ['y', 'left', 'y']}, ['each once', "'y', 'left'"]),
+    (TypeError, {'inputs': (lambda b: None, lambda b, x: b)}, ['an array']),
+    (
+      TypeError,
+      {'inputs': ['left', (lambda b: b.get('rihgt'), lambda b, x: b)]},
+      ['an array', 'NoneType'],
+    ),
+    (
+      TypeError,
+      {
+        'inputs': (
+          lambda b: b['left'],
+          lambda b, x: {**b, 'left': (255 * x).astype(np.uint8)},
+        )
+      },
+      ['uint8[48,2,2]', 'leave the floats'],
+    ),
+    (
+      ValueError,
+      {'attack': conadv.pgd(0.1, bounds=(0.0, {'left': 1.0, 'right': -1.0}))},
+      ['bounds=(0.0, -1.0)', 'swapped'],
+    ),
+    (
+      KeyError,
+      {'inputs': ['left', 'rihgt']},
+      ["'rihgt'", "Did you mean 'right'?"],
+    ),
     (
       ValueError,
       {'inputs': ['left', 'right'], 'attack': conadv.fgsm([0.1])},
@@ -274,9 +300,53 @@ def test_wrong_leaves_are_told_where_they_enter(kind, arguments, words):
     'attack': conadv.fgsm(0.1),
     **arguments,
   }
+  key = jax.random.key(0)
   with pytest.raises(kind) as error:
-    conadv.perturb(apart, W, BATCHES[0], **arguments)
+    conadv.perturb(apart, W, BATCHES[0], key=key, **arguments)
   assert_says(error, *words)
+
+
+def test_a_view_has_the_leaves_of_the_inputs():
+  for view in ('y', ['left'], {'left': 'left', 'right': 'right'}):
+    with pytest.raises(ValueError) as error:
+      conadv.wrap(
+        apart, inputs=['left', 'right'], extra_branches={'view': view}
+      )
+    assert_says(error, f"{{'view': {view!r}}}", "['left_2', 'right_2']")
+
+
+def test_bounds_of_each_leaf_and_channel():
+  inputs = {'a': [jnp.zeros((2, 3)), jnp.zeros((2, 2))], 'b': jnp.zeros((2, 1))}
+  low = {'a': [[-0.5, -0.1, 0.0], -0.2], 'b': -3.0}
+  low['a'][0] = np.array(low['a'][0])
+  attack = conadv.fgsm({'a': 1.0, 'b': 2.0}, bounds=(low, 5.0))
+  found = attack.craft(
+    None, lambda x: jax.tree.map(lambda x: -jnp.ones_like(x), x), inputs
+  )
+  wanted = {
+    'a': [jnp.array([[-0.5, -0.1, 0.0]] * 2), jnp.full((2, 2), -0.2)],
+    'b': jnp.full((2, 1), -2.0),
+  }
+  chex.assert_trees_all_close(found, wanted)
+  # For one leaf a list is an array.
+  one = conadv.pgd(0.1, bounds=([0.0, 0.0, 0.9], np.array([1.0, 0.5, 1.0])))
+  x = one.craft(jax.random.key(0), jnp.ones_like, jnp.full((2, 3), 0.95))
+  chex.assert_trees_all_close(x[:, 1], jnp.full(2, 0.5))
+  for bounds in ([[0.0, 1.0], [0.0, 1.0]], {'a': (0, 1), 'b': (0, 2)}):
+    with pytest.raises((TypeError, ValueError), match='bounds'):
+      conadv.pgd(0.1, bounds=bounds, random_start=False).craft(
+        None, lambda x: x, [jnp.ones((2, 1))] * 2
+      )
+
+
+def test_fast_fgsm_takes_a_radius_for_each_leaf():
+  inputs = {'a': jnp.zeros((4, 2)), 'b': jnp.zeros((4, 2))}
+  attack = conadv.fast_fgsm({'a': 0.1, 'b': 10.0})
+  found = attack.craft(
+    jax.random.key(0), lambda x: jax.tree.map(jnp.ones_like, x), inputs
+  )
+  assert 0.0 < float(jnp.max(found['a'])) < 0.11
+  assert float(jnp.min(found['b'])) >= 2.5
 
 
 def test_leaves_of_two_batches_are_refused():

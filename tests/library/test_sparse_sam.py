@@ -224,6 +224,26 @@ def test_another_loss_may_be_looked_at_and_padding_is_not():
   )
 
 
+def test_a_schedule_below_zero_drops_nothing():
+  grad_fn = conadv.sparse_sam(
+    loss_fn,
+    RADIUS,
+    refresh_every=1,
+    sparsity=0.7,
+    rule='dynamic',
+    drop_rate=lambda count: -0.5,
+  )
+  params = tree_of(np.ones(SIZE, np.float32))
+  state, key = (
+    grad_fn.init(params, [], key=jax.random.key(0)),
+    jax.random.key(1),
+  )
+  for _ in range(3):
+    _, _, state = grad_fn.value_and_grad(params, state, make_batch(0), key=key)
+    mask = getattr(state.mask, 'value', state.mask)
+    assert flat(mask).sum() == int(0.3 * SIZE)
+
+
 def test_a_gradient_that_is_no_number_leaves_as_many():
   grad_fn = conadv.sparse_sam(loss_fn, RADIUS, refresh_every=1, **DYNAMIC)
   params = tree_of(np.linspace(-1, 1, SIZE, dtype=np.float32))
