@@ -28,7 +28,11 @@ from conadv_optax.core.kalman import (
   fuse,
   predict,
 )
-from conadv_optax.core.numeric import at_least_float32, describe
+from conadv_optax.core.numeric import (
+  at_least_float32,
+  check_share,
+  describe,
+)
 
 __all__ = [
   'LinenKalmanNorm',
@@ -138,7 +142,7 @@ class LinenKalmanNorm(nn.Module, kw_only=True):
       'use_running_average', self.use_running_average, use_running_average
     )
     channels = x.shape[-1:]
-    _check(x, previous, *channels)
+    _check(x, previous, *channels, self.p)
     mean = self.variable(
       'batch_stats', 'mean', jnp.zeros, channels, jnp.float32
     )
@@ -253,7 +257,7 @@ class NnxKalmanNorm(nnx.Module):
     """
     if use_running_average is None:
       use_running_average = self.use_running_average
-    _check(x, previous, self.num_features)
+    _check(x, previous, self.num_features, self.p)
     statistics = Statistics(self.mean[...], self.var[...])
     if not use_running_average:
       running = statistics
@@ -276,7 +280,8 @@ class NnxKalmanNorm(nnx.Module):
       self.use_running_average = use_running_average
 
 
-def _check(x: jax.Array, previous: Any, channels: int) -> None:
+def _check(x: jax.Array, previous: Any, channels: int, p: ArrayLike) -> None:
+  check_share('p', p, 'how much the layer before counts')
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f'A norm layer takes floating inputs. Given {describe(x)}. Cast them '

@@ -119,13 +119,14 @@ def input_operator(
     params: parameters, any pytree.
     batch: a pytree of arrays with a leading batch axis.
     inputs: the floating leaf of the batch to differentiate in: a key, a tuple
-      of keys, or a `(get, set)` pair, as in `wrap`.
+      of keys, or a `(get, set)` pair, or several in a list or dict, as in
+      `wrap`.
     micro_batches: as for `operator`.
     denominator: as for `operator`; the block of a part is scaled by its share.
 
   Returns:
-    A function of a float32 array of the shape of the inputs that returns
-    another.
+    A function of float32 arrays of the shapes of the inputs that returns as
+    many.
 
   Raises:
     TypeError: for inputs that are not floating, a loss that is not a floating

@@ -392,3 +392,18 @@ def test_channels_of_another_layer_are_named():
     norm(jnp.ones((2, 5)), None)
   with pytest.raises(ValueError, match='each channel here, 3'):
     predict(Statistics(jnp.ones(5), jnp.ones(5)), jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize('running', [False, True])
+def test_p_is_checked_where_it_is_not_used_too(running):
+  x, rngs = jnp.ones((2, 3)), nnx.Rngs(0)
+  linen = conadv_flax.LinenKalmanNorm(p=2.0, use_running_average=running)
+  norm = conadv_flax.NnxKalmanNorm(
+    3, p=2.0, use_running_average=running, rngs=rngs
+  )
+  for call in (
+    lambda: linen.init(jax.random.key(0), x, None),
+    lambda: norm(x, None),
+  ):
+    with pytest.raises(ValueError, match=r'`p` is .*p=2\.0'):
+      call()
