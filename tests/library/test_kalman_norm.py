@@ -397,10 +397,8 @@ def test_channels_of_another_layer_are_named():
 @pytest.mark.parametrize('running', [False, True])
 def test_p_is_checked_where_it_is_not_used_too(running):
   x, rngs = jnp.ones((2, 3)), nnx.Rngs(0)
-  linen = conadv_flax.LinenKalmanNorm(p=2.0, use_running_average=running)
-  norm = conadv_flax.NnxKalmanNorm(
-    3, p=2.0, use_running_average=running, rngs=rngs
-  )
+  linen = LinenKalmanNorm(p=2.0, use_running_average=running)
+  norm = NnxKalmanNorm(3, p=2.0, use_running_average=running, rngs=rngs)
   for call in (
     lambda: linen.init(jax.random.key(0), x, None),
     lambda: norm(x, None),
