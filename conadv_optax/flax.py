@@ -142,7 +142,7 @@ class LinenKalmanNorm(nn.Module, kw_only=True):
       'use_running_average', self.use_running_average, use_running_average
     )
     channels = x.shape[-1:]
-    _check(x, previous, *channels, self.p)
+    _check(x, previous, channels[0], self.p)
     mean = self.variable(
       'batch_stats', 'mean', jnp.zeros, channels, jnp.float32
     )

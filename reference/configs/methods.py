@@ -36,6 +36,9 @@ def make_section() -> dict[str, dict[str, Any]]:
     # Xue et al., https://arxiv.org/abs/2210.11078. The anchor is the key of the
     # module whose variance the others are brought to, their backbone.
     'agvm': {'anchor': 'stem', 'every': 10, 'decay': 0.97, 'start': 0},
+    # Cao et al., https://arxiv.org/abs/2303.13326. Who combines with whom: a
+    # 'ring' of the devices, or 'complete'; the mean of all is evaluated.
+    'diffusion': {'graph': 'ring'},
     # What the past gradient is multiplied by; no paper's.
     'extrapolate': {'rate': 0.1},
     # Augmented copies of each image, each a BatchNorm group of its own. They

@@ -24,6 +24,7 @@ _CHOICES = {
   'model.padding': tuple(models.PADDINGS),
   'model.dtype': ('float32', 'bfloat16', 'float16'),
   'methods.conadv.targets': ('random', 'none'),
+  'methods.diffusion.graph': ('ring', 'complete'),
 }
 # Of the images of our own sources.
 _CHANNELS = {'digits': 1, 'idx_folder': 1, 'jpeg_folder': 3, 'array_record': 3}
@@ -343,6 +344,28 @@ def check_groups(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       'micro-batches. Given one device and accumulate=1. Take eight '
       'micro-batches, `--config.accumulate=8`, and a batch of as many '
       'BatchNorm groups.'
+    )
+
+
+def check_agents(config: ml_collections.ConfigDict) -> None:
+  """Refuses what asks for one gradient, or one queue, of agents.
+
+  Raises:
+    Mistake: naming what to leave out.
+  """
+  given = [
+    name
+    for name, is_asked in (
+      ('noise_scale=True', config.noise_scale),
+      ('queue_memory=host', config.queue_memory == 'host'),
+    )
+    if is_asked
+  ]
+  if methods.METHODS[config.method].agents and given:
+    raise Mistake(
+      f'`method={config.method}` gives each device parameters, gradient and '
+      f'queue of its own. Given also {given[0]}, which is of one for all. '
+      'Leave it out, or take `--config.method=conadv`.'
     )
 
 

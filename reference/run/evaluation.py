@@ -11,7 +11,7 @@ import optax
 
 import conadv_optax as conadv
 from reference.command import Mistake
-from reference.run import models, objective, step
+from reference.run import methods, models, objective, step
 
 Batch = dict[str, Any]
 
@@ -56,8 +56,10 @@ def make_evaluation(
   def evaluate(
     state: step.TrainState, batches: Iterable[Batch]
   ) -> dict[str, float]:
-    params = conadv.dual_bn.main(state.params)
-    batch_stats = conadv.dual_bn.main(state.model_state)
+    params, batch_stats = methods.as_one(
+      config,
+      tuple(map(conadv.dual_bn.main, (state.params, state.model_state))),
+    )
     totals = np.zeros(3)
     unread: Any = (0, 0, 0)
     for batch in batches:

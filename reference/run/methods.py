@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
@@ -34,6 +35,8 @@ class Method(NamedTuple):
     compares: what the optimizer does with how far the groups' gradients agree:
       'gsnr' scales the gradient by that, 'agvm' each module's rate.
     copies: whether every image stands in the batch several times, augmented.
+    agents: whether each device has parameters of its own, which it combines
+      with its neighbours'.
   """
 
   gradient: str = 'plain'
@@ -42,6 +45,7 @@ class Method(NamedTuple):
   around: str = ''
   compares: str = ''
   copies: bool = False
+  agents: bool = False
 
 
 _CONADV = Method('conadv', branches=('adversarial',))
@@ -74,6 +78,7 @@ METHODS = {
   ),
   'conadv_extrapolate': _CONADV._replace(around='extrapolate'),
   'conadv_vrgd': _CONADV._replace(compares='gsnr'),
+  'diffusion': _CONADV._replace(agents=True),
 }
 
 _AROUND: dict[str, Callable[..., conadv.GradientFunction]] = {
@@ -181,12 +186,19 @@ def make_ball(
 
 def make_gradient(
   model: models.Model, config: ml_collections.ConfigDict, mesh: Mesh
-) -> conadv.GradientFunction:
-  """The gradient of `config.method`, averaged over all groups of a mesh."""
+) -> conadv.GradientFunction | conadv.Diffusion:
+  """The gradient of `config.method`, averaged over all groups of a mesh.
+
+  Of agents it is each agent's own.
+  """
   grad_fn = make_group_gradient(model, config)
   if around := METHODS[config.method].around:
     grad_fn = _AROUND[around](grad_fn, config.methods)
   micro_batches = config.accumulate * copies(config)
+  if METHODS[config.method].agents:
+    if micro_batches > 1:
+      grad_fn = conadv.accumulate(grad_fn, micro_batches)
+    return conadv.diffusion(grad_fn, mesh, _weights(config, mesh.size))
   if micro_batches == 1:
     return conadv.data_parallel(
       grad_fn, mesh, second_moment=compares_groups(config)
@@ -197,6 +209,24 @@ def make_gradient(
   # One device then draws for its micro-batches what as many devices would
   # have drawn.
   return grad_fn if mesh.size == 1 else conadv.data_parallel(grad_fn, mesh)
+
+
+def _weights(config: ml_collections.ConfigDict, agents: int) -> np.ndarray:
+  """Of the graph that the agents of 'diffusion' are in."""
+  own = np.arange(agents)
+  apart = np.abs(own[:, None] - own)
+  is_complete = config.methods.diffusion.graph == 'complete'
+  return conadv.metropolis_weights(
+    is_complete | np.isin(apart, (1, agents - 1))
+  )
+
+
+def as_one(config: ml_collections.ConfigDict, tree: Any) -> Any:
+  """The model of a run: of agents it is their mean."""
+  if not METHODS[config.method].agents:
+    return tree
+  # Compiled, as other processes have a part of the agents.
+  return jax.jit(lambda tree: jax.tree.map(lambda x: x.mean(0), tree))(tree)
 
 
 def make_attacks(

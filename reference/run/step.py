@@ -45,7 +45,7 @@ class TrainState(NamedTuple):
 def make_state(
   model: models.Model,
   tx: optax.GradientTransformation,
-  grad_fn: conadv.GradientFunction,
+  grad_fn: conadv.GradientFunction | conadv.Diffusion,
   config: ml_collections.ConfigDict,
   mesh: Mesh,
 ) -> Callable[..., TrainState]:
@@ -77,6 +77,8 @@ def make_state(
       params, model_state = conadv.dual_bn.split(
         params, model_state, branches=method.branches
       )
+    if isinstance(grad_fn, conadv.Diffusion):
+      params, model_state = grad_fn.spread((params, model_state))
     conadv_state = grad_fn.init(
       params,
       first_batches,
@@ -106,7 +108,7 @@ def make_state(
 
 
 def make_step(
-  grad_fn: conadv.GradientFunction,
+  grad_fn: conadv.GradientFunction | conadv.Diffusion,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   config: ml_collections.ConfigDict,
@@ -165,11 +167,14 @@ def make_step(
       **extra,
     )
     params = optax.apply_updates(state.params, updates)
+    if isinstance(grad_fn, conadv.Diffusion):
+      params = grad_fn.combine(params)
     metrics = {
-      'loss': loss,
-      **{f'loss_{name}': value for name, value in aux.losses.items()},
+      # Agents have a number each.
+      'loss': loss.mean(),
+      **{f'loss_{name}': value.mean() for name, value in aux.losses.items()},
       **{
-        f'accuracy_{name}': correct / examples[name]
+        f'accuracy_{name}': correct.sum() / examples[name]
         for name, correct in aux.aux.items()
       },
       'learning_rate': rate,

@@ -142,6 +142,9 @@ def make_optimizer(
     tx = optax.chain(conadv.scale_by_gsnr(), tx)
   if method.compares == 'agvm':
     tx = conadv.agvm(tx, groups=groups, **config.methods.agvm)
+  if method.agents:
+    # LARS has norms, which are those of one agent.
+    tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
   return tx, schedule, steps
 
 
@@ -156,11 +159,14 @@ def shardings(
     mesh: the devices.
   """
   everywhere = NamedSharding(mesh, P())
+  of_groups = NamedSharding(mesh, P('data'))
+  if methods.METHODS[config.method].agents:
+    alone = jax.tree.map(lambda _: of_groups, state)
+    return alone._replace(step=everywhere, key=everywhere)
   queue = NamedSharding(mesh, P(None, 'data'))
   of_images = queue
   if config.queue_memory == 'host':
     of_images = queue.with_memory_kind('pinned_host')
-  of_groups = NamedSharding(mesh, P('data'))
 
   def of_part(part: Any) -> Any:
     if isinstance(part, conadv.ConAdvState):
@@ -184,7 +190,7 @@ def describe_state(
   config: ml_collections.ConfigDict,
   model: models.Model,
   tx: optax.GradientTransformation,
-  grad_fn: conadv.GradientFunction,
+  grad_fn: conadv.GradientFunction | conadv.Diffusion,
   mesh: Mesh,
 ) -> step.TrainState:
   """Shapes, dtypes and shardings of the state that `make_state` makes."""
@@ -207,7 +213,7 @@ def make_state(
   config: ml_collections.ConfigDict,
   model: models.Model,
   tx: optax.GradientTransformation,
-  grad_fn: conadv.GradientFunction,
+  grad_fn: conadv.GradientFunction | conadv.Diffusion,
   mesh: Mesh,
   first_batches: list[step.Batch],
   described: step.TrainState,
@@ -227,7 +233,7 @@ def make_step(
   config: ml_collections.ConfigDict,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
-  grad_fn: conadv.GradientFunction,
+  grad_fn: conadv.GradientFunction | conadv.Diffusion,
   state: step.TrainState,
   mesh: Mesh,
 ) -> jax.stages.Compiled:
@@ -306,6 +312,7 @@ def train(
   mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
   checks.check_groups(config, mesh)
   checks.check_queue(config, mesh)
+  checks.check_agents(config)
   place = make_placement(mesh)
   skipped: jpeg.Skipped = {}
   held_out_skipped: jpeg.Skipped = {}

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import conadv_optax as conadv
 from reference.command import Mistake
-from reference.run import agreement, checkpoint, metrics
+from reference.run import agreement, checkpoint, methods, metrics
 
 WEIGHTS, DESCRIPTION = 'model.safetensors', 'model.json'
 # The layout of an export that holds a model under its own names.
@@ -146,6 +146,8 @@ def _load_checkpoint(path: Path, step: int | None, branch: str) -> Trained:
       ) from error
   _check_branch(stats, branch)
   params, stats = _select(params, branch), _select(stats, branch)
+  config = _config(about)
+  params, stats = jax.device_get(methods.as_one(config, (params, stats)))
   if about.dataset is None:
     # Of before: then all models were ResNets.
     classes = tuple(map(str, range(len(params['head']['bias']))))
@@ -153,7 +155,7 @@ def _load_checkpoint(path: Path, step: int | None, branch: str) -> Trained:
     classes = tuple(about.dataset['classes'])
   return Trained(
     number,
-    _config(about),
+    config,
     classes,
     params,
     stats,

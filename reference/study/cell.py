@@ -157,6 +157,7 @@ def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   checks.check_choices(config)
   checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
   checks.check_groups(config, mesh)
+  checks.check_agents(config)
   method = methods.METHODS[config.method]
   crop, flip = config.data.crop, config.data.flip
   if method.copies and crop != 'resize':
@@ -203,7 +204,7 @@ def make_program(
   images = len(data.train.labels)
   groups = methods.groups(config, mesh)
 
-  def parts(numbers: Any) -> tuple[Any, Any, conadv.GradientFunction]:
+  def parts(numbers: Any) -> tuple[Any, Any, Any]:
     # The numbers are traced, which a config with types refuses.
     traced = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
     traced.update_from_flattened_dict(numbers)

@@ -26,7 +26,7 @@ from digit_steps import (
 from jax.flatten_util import ravel_pytree
 
 import conadv_optax as conadv
-from reference.run import checks, loop, methods, metrics, train
+from reference.run import checks, loop, methods, metrics, train, trained
 
 OLD = (
   'vanilla',
@@ -252,6 +252,40 @@ def test_agvm_multiplies_the_updates_of_modules():
   assert factors['Dense_0'] == 1
   assert all(0.97 < x < 1.1 for x in factors.values())
   assert len({float(x) for x in factors.values()}) > 1
+
+
+def test_agents_that_all_hear_each_other_are_conadv():
+  results = []
+  for method in ('conadv', 'diffusion'):
+    numbers = {'methods.diffusion.graph': 'complete'}
+    config = tiny(method, **numbers)
+    tx = optax.sgd(RATE)
+    if method == 'diffusion':
+      tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+    state, take, place = start(config, devices=4, model=Small(), tx=tx)
+    rows = []
+    for seed in range(3):
+      state, values = take(state, place(make_batch(seed)))
+      rows.append(jax.device_get(values))
+    model = methods.as_one(config, (state.params, state.model_state))
+    losses = [row['loss'] for row in rows]
+    results.append((jax.tree.map(np.array, model), losses))
+  assert_close(*results, atol=1e-4)
+
+
+def test_agents_in_a_ring_train_and_go_on(tmp_path):
+  config = tiny('diffusion', epochs=0.1)
+  config.lars.warmup_epochs = 0.0
+  config.run.checkpoint_every = 4
+  row = train.train(config, tmp_path)
+  read = trained.load(tmp_path)
+  # A model of ordinary shapes, which is the one that was evaluated.
+  assert read.params['head']['bias'].shape == (10,)
+  again = train.train(config, tmp_path)
+  assert again['held_out_loss'] == row['held_out_loss']
+  for field in ({'noise_scale': True}, {'queue_memory': 'host'}):
+    with pytest.raises(ValueError, match=r'--config\.method=conadv'):
+      checks.check_agents(tiny('diffusion', **field))
 
 
 def test_copies_are_crops_of_the_padded_image():
