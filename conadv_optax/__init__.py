@@ -2,8 +2,9 @@
 
 from conadv_optax import dual_bn, hessian
 from conadv_optax.attacks.added_leaf import added_leaf
+from conadv_optax.attacks.fgsm import fast_fgsm, fgsm
 from conadv_optax.attacks.normalized import Normalized, normalized
-from conadv_optax.attacks.pgd import fast_fgsm, fgsm, pgd
+from conadv_optax.attacks.pgd import pgd
 from conadv_optax.attacks.targets import random_targets
 from conadv_optax.controllers.absa import AbsaState, BatchController, absa
 from conadv_optax.controllers.noise_scale import (

@@ -134,11 +134,11 @@ def pgd(
   check_count('steps', steps)
   check_count('batch_axes', batch_axes)
   check_count('restarts', restarts)
-  _check_each('epsilon', epsilon)
+  check_not_negative('epsilon', epsilon)
   if step_size is None:
     factor = 1.0 if steps == 1 else 2.5 / steps
     step_size = jax.tree.map(lambda radius: factor * radius, epsilon)
-  _check_each('step_size', step_size)
+  check_not_negative('step_size', step_size)
   check_share('start_from_clean', start_from_clean, 'a probability')
   if restarts > 1 and not random_start:
     raise ValueError(
@@ -282,99 +282,6 @@ class _Climb:
     return self.one_step(None, inputs)[1](gradient)
 
 
-def fgsm(
-  epsilon: ArrayLike,
-  *,
-  norm: Norm = 'linf',
-  bounds: tuple[ArrayLike, ArrayLike] | None = None,
-  targets: Targets | None = None,
-) -> Attack:
-  r"""Fast gradient sign method: one full step from the clean input.
-
-  .. math::
-
-    \hat x = \Pi\left(x + \epsilon\, d(\nabla_x L(x))\right)
-
-  The attack for `reuse_gradient=True`, which needs one step from the clean
-  input, without targets.
-
-  Args:
-    epsilon: radius of the ball and size of the step, as in `pgd`.
-    norm: 'linf' or 'l2'.
-    bounds: `(low, high)` of a valid input, as in `pgd`.
-    targets: as in `pgd`.
-
-  Returns:
-    An `Attack`, as `pgd` does.
-
-  Raises:
-    TypeError, ValueError: as `pgd` does.
-
-  Examples:
-    >>> import chex, jax, jax.numpy as jnp
-    >>> import conadv_optax as conadv
-    >>> x = jnp.array([[0.5, -0.5]])
-    >>> climb = jax.grad(lambda x: jnp.sum(x ** 2))
-    >>> chex.assert_trees_all_close(
-    ...     conadv.fgsm(0.1).craft(None, climb, x), jnp.array([[0.6, -0.6]]))
-
-  References:
-    Goodfellow et al., `Explaining and Harnessing Adversarial Examples
-    <https://arxiv.org/abs/1412.6572>`_, 2015
-  """
-  return pgd(
-    epsilon, norm=norm, random_start=False, bounds=bounds, targets=targets
-  )
-
-
-def fast_fgsm(
-  epsilon: ArrayLike,
-  *,
-  step_size: ArrayLike | None = None,
-  bounds: tuple[ArrayLike, ArrayLike] | None = None,
-  targets: Targets | None = None,
-) -> Attack:
-  r"""FGSM from a uniform point of the ball, with a step beyond its radius.
-
-  .. math::
-
-    \hat x = \Pi\left(x + u + 1.25\,\epsilon\,
-      \mathrm{sign}(\nabla_x L(x + u))\right),
-    \qquad u \sim U(-\epsilon, \epsilon)
-
-  Training on its examples alone can lose robustness within an epoch;
-  `overfitting_guard` notices.
-
-  Args:
-    epsilon: radius of the L-infinity ball, as in `pgd`.
-    step_size: the step; None is `1.25 * epsilon`.
-    bounds: `(low, high)` of a valid input, as in `pgd`.
-    targets: as in `pgd`.
-
-  Returns:
-    An `Attack`, as `pgd` does.
-
-  Raises:
-    TypeError, ValueError: as `pgd` does.
-
-  Examples:
-    >>> import chex, jax, jax.numpy as jnp
-    >>> import conadv_optax as conadv
-    >>> x = jnp.zeros((4, 3))
-    >>> climb = jax.grad(lambda x: jnp.sum(x))
-    >>> x_adv = conadv.fast_fgsm(0.1).craft(jax.random.key(0), climb, x)
-    >>> chex.assert_scalar_in(float(jnp.min(x_adv)), 0.025, 0.1)
-
-  References:
-    Wong et al., `Fast is better than free: Revisiting adversarial training
-    <https://arxiv.org/abs/2001.03994>`_, 2020
-  """
-  if step_size is None:
-    _check_each('epsilon', epsilon)
-    step_size = jax.tree.map(lambda radius: 1.25 * radius, epsilon)
-  return pgd(epsilon, step_size=step_size, bounds=bounds, targets=targets)
-
-
 def _unpack(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
   check_no_schedule('bounds', bounds)
   if isinstance(bounds, dict):
@@ -412,12 +319,6 @@ def _check_ordered(low: Any, high: Any) -> None:
       'pair for each leaf: write all that is low first, `bounds=([0., 0.], '
       '[1., 1.])`.'
     )
-
-
-def _check_each(name: str, value: Any) -> None:
-  """Checks a number, or a list or dict of them."""
-  for number in jax.tree.leaves(value):
-    check_not_negative(name, number)
 
 
 def _measurable(inputs: Any, batch_axes: int) -> Any:

@@ -105,14 +105,18 @@ def concrete(value: Any) -> np.ndarray | None:
 
 
 def check_not_negative(name: str, value: Any) -> None:
-  """Raises where `value` is a function, or concrete and negative or NaN."""
-  check_no_schedule(name, value)
-  number = concrete(value)
-  if number is not None and not np.all(number >= 0):
-    raise ValueError(
-      f'`{name}` must not be negative. Given {name}={number.tolist()}. It is a '
-      'distance or a rate: pass its size, the sign is put in by the method.'
-    )
+  """Raises for a function, or what is concrete and negative or NaN.
+
+  Of a list or dict, for each of its numbers.
+  """
+  for part in jax.tree.leaves(value, is_leaf=lambda x: x is None):
+    check_no_schedule(name, part)
+    number = concrete(part)
+    if number is not None and not np.all(number >= 0):
+      raise ValueError(
+        f'`{name}` must not be negative. Given {name}={number.tolist()}. It is '
+        'a distance or a rate: pass its size, the sign is put in by the method.'
+      )
 
 
 def check_share(name: str, value: Any, what: str) -> None:

@@ -250,7 +250,7 @@ def _check_attack(attack: Any) -> None:
   if attack.one_step is None or attack.prepare is not None:
     raise ValueError(
       'Fast AdvProp trains on the gradient of the attack too, so it needs an '
-      'attack of one step, without restarts or targets. Write '
+      'attack of one step, without restarts and towards no targets. Write '
       '`attack=conadv.pgd(epsilon)` or `attack=conadv.fgsm(epsilon)`.'
     )
 

@@ -22,8 +22,17 @@ def wait_until(condition):
     time.sleep(0.001)
 
 
+@pytest.fixture
+def listening():
+  """Signals as at a terminal: a job in the background ignores Ctrl-C."""
+  before = {x: signal.signal(x, signal.SIG_DFL) for x in stopping.SIGNALS}
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
+
+
 @pytest.mark.parametrize('number', stopping.SIGNALS)
-def test_every_signal_stops_at_the_end_of_a_step(number, capsys):
+def test_every_signal_stops_at_the_end_of_a_step(number, capsys, listening):
   before = {x: signal.getsignal(x) for x in stopping.SIGNALS}
   threads = threading.active_count()
   with stopping.watch(lambda: None) as stop:
