@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from reference.command import Mistake
-from reference.data import jpeg, shards, sources
+from reference.data import jpeg, layouts, shards, sources
 from reference.data.wording import some
 
 
@@ -105,7 +105,7 @@ def _open(folder: str, config: ml_collections.ConfigDict) -> sources.Source:
     return sources.array_record(str(path))
   if any(path.glob('*-idx3-ubyte.gz')):
     return sources.idx_folder(str(path))
-  if (path / 'train').is_dir():
+  if layouts.root_of(str(path)) is not None:
     return sources.jpeg_folder(str(path))
   return sources.class_folders(str(path))
 

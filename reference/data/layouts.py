@@ -233,11 +233,17 @@ def _in_classes(
   return _records(folder, names, classes, left_out)
 
 
+def root_of(folder: str) -> str | None:
+  """The folder that holds train/, the given one or Kaggle's in it, or None."""
+  roots = (folder, os.path.join(folder, _KAGGLE))
+  return next(
+    (root for root in roots if os.path.isdir(os.path.join(root, 'train'))), None
+  )
+
+
 def _root(folder: str) -> str:
-  """The folder that holds train/, which may be the given one."""
-  for root in (folder, os.path.join(folder, _KAGGLE)):
-    if os.path.isdir(os.path.join(root, 'train')):
-      return root
+  if (root := root_of(folder)) is not None:
+    return root
   given = Path(folder)
   near = [given.parent, *(sorted(given.iterdir()) if given.is_dir() else [])]
   likely = [path for path in near if (path / 'train').is_dir()]

@@ -59,6 +59,12 @@ def test_labels_are_those_of_the_model(tmp_path, is_prepared):
   assert not images.source.train
 
 
+def test_kaggles_folder_is_known_by_its_own_root(tmp_path):
+  write_images(tmp_path / 'ILSVRC' / 'Data' / 'CLS-LOC')
+  images = evaluation_sets.open_set(str(tmp_path), KNOWN, NO_CONFIG)
+  assert labels_of(images).keys() == {0, 2, 3}
+
+
 def test_a_part_of_the_classes_as_imagenet_a_has(tmp_path):
   folder = write(tmp_path / 'a', {'n10': 2, 'n01': 3})
   images = evaluation_sets.open_set(folder, KNOWN, NO_CONFIG)
