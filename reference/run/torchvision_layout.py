@@ -65,7 +65,8 @@ def check(model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
       f'{"; ".join(wrong)}. Its logits there would not be those here. Export '
       "it under Flax's names, without `--layout`. A run that is to end in "
       'torchvision begins with `--config.model.stem=imagenet '
-      '--config.model.padding=symmetric --config.model.filters=64`.'
+      '--config.model.padding=symmetric --config.model.filters=64 '
+      "--config.model.stage_sizes='(2,2,2,2)'`, ResNet-18's."
     )
 
 
