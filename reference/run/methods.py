@@ -71,6 +71,7 @@ METHODS = {
   'extrapolate': Method(around='extrapolate'),
   'vrgd': Method(compares='gsnr'),
   'agvm': Method(compares='agvm'),
+  'diffusion': _CONADV._replace(agents=True),
   'conadv_sam': _CONADV._replace(around='sam'),
   'conadv_looksam': _CONADV._replace(around='looksam'),
   'conadv_gradient_norm_penalty': _CONADV._replace(
@@ -78,7 +79,6 @@ METHODS = {
   ),
   'conadv_extrapolate': _CONADV._replace(around='extrapolate'),
   'conadv_vrgd': _CONADV._replace(compares='gsnr'),
-  'diffusion': _CONADV._replace(agents=True),
 }
 
 _AROUND: dict[str, Callable[..., conadv.GradientFunction]] = {

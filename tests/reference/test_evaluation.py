@@ -27,6 +27,7 @@ def make_config(batch_size):
   return ml_collections.ConfigDict(
     {
       'seed': 0,
+      'method': 'vanilla',
       'batch_size': batch_size,
       'data': {
         'size': 4,
