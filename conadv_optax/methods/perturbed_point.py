@@ -1,4 +1,4 @@
-"""Where SAM takes its second gradient: in which direction, and how far."""
+"""What SAM and its kin share: the first pass, and where the second is."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from conadv_optax.core.calls import Call
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
@@ -16,6 +17,7 @@ from conadv_optax.core.numeric import (
   tree_at_least_float32,
   unit,
 )
+from conadv_optax.core.types import GradientFunction, PerGroup
 
 Adaptive = Literal['layer', 'element'] | None
 Mask = Any | Callable[[Any], Any]
@@ -71,6 +73,30 @@ _STEPS: dict[Adaptive, Callable[[Any, Any], Any]] = {
   'layer': _by_layer,
   'element': _by_element,
 }
+
+
+def first_pass(
+  grad_fn: GradientFunction, call: Call, axis: Axis, method: str
+) -> tuple[Any, Any, Any, Any]:
+  """`(loss, aux), grads, mean, state` where the parameters are.
+
+  `mean` is the gradient over the devices of `axis`, at least float32.
+  """
+  (loss, aux), grads, state = call.value_and_grad(grad_fn)
+  # That of an `accumulate` inside is not of the gradient that is returned.
+  output = loss, aux._replace(second_moment=None)
+  mean = mean_over(axis, tree_at_least_float32(grads), method)
+  return output, grads, mean, state
+
+
+def hold(axis: Axis, value: Any) -> Any:
+  """What a state keeps: one for all devices of `axis`, or each its own."""
+  return PerGroup(value) if axis is None else value
+
+
+def held(axis: Axis, part: Any) -> Any:
+  """What `hold` was given."""
+  return part.value if axis is None else part
 
 
 def mean_over(axis: Axis, tree: Any, method: str) -> Any:

@@ -34,12 +34,14 @@ from conadv_optax.core.types import (
   Denominators,
   GradientFunction,
   LossFn,
-  PerGroup,
 )
 from conadv_optax.methods.perturbed_point import (
   Adaptive,
   Axis,
   Mask,
+  first_pass,
+  held,
+  hold,
   mean_over,
   perturbed,
 )
@@ -243,7 +245,7 @@ class _Sam:
     if self.every == 1:
       return SamState(inner, (), ())
     direction = zeros_like(tree_at_least_float32(call.params))
-    return SamState(inner, jnp.zeros([], jnp.int32), self._hold(direction))
+    return SamState(inner, jnp.zeros([], jnp.int32), hold(self.axis, direction))
 
   def denominators(self, state: SamState, batch: Batch) -> Denominators:
     assert self.grad_fn.denominators is not None
@@ -251,10 +253,9 @@ class _Sam:
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
     state, call = call.state, call._replace(state=call.state.inner)
-    (loss, aux), grads, inner = call.value_and_grad(self.grad_fn)
-    # That of an `accumulate` inside is not of the gradient returned here.
-    output = loss, aux._replace(second_moment=None)
-    gradient = self._mean(tree_at_least_float32(grads))
+    output, grads, gradient, inner = first_pass(
+      self.grad_fn, call, self.axis, 'sam'
+    )
 
     # Of the point: gradients of a group's share are float32 whatever it is.
     rounding = _rounding(call.params)
@@ -285,7 +286,7 @@ class _Sam:
     sharp_gradient = self._mean(
       jax.lax.cond(is_due, sharp, lambda: zeros_like(gradient))
     )
-    old = state.direction.value if self.axis is None else state.direction
+    old = held(self.axis, state.direction)
     beside = _orthogonal(sharp_gradient, gradient, rounding)
     direction = _where(is_due, beside, old)
     length = norm(gradient)
@@ -294,11 +295,8 @@ class _Sam:
     there = _where(is_due, sharp_gradient, reused)
     mixed = self._mix(gradient, there, rounding)
     phase = (state.phase + 1) % self.every
-    new_state = SamState(inner, phase, self._hold(direction))
+    new_state = SamState(inner, phase, hold(self.axis, direction))
     return output, cast_like(mixed, grads), new_state
-
-  def _hold(self, direction: Any) -> Any:
-    return PerGroup(direction) if self.axis is None else direction
 
   def _mix(self, gradient: Any, sharp_gradient: Any, rounding: float) -> Any:
     if self.gap_weight is not None:

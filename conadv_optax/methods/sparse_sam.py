@@ -30,10 +30,12 @@ from conadv_optax.core.types import (
   Denominators,
   GradientFunction,
   LossFn,
-  PerGroup,
 )
 from conadv_optax.methods.perturbed_point import (
   Axis,
+  first_pass,
+  held,
+  hold,
   mean_over,
   perturbed,
   shared_key,
@@ -187,7 +189,9 @@ class _SparseSam:
       # The first step finds its own.
       mask = jax.tree.map(lambda x: x == 0, zeros)
     inner = call.init(self.grad_fn)
-    return SparseSamState(inner, jnp.zeros([], jnp.int32), self._hold(mask))
+    return SparseSamState(
+      inner, jnp.zeros([], jnp.int32), hold(self.axis, mask)
+    )
 
   def denominators(self, state: SparseSamState, batch: Batch) -> Denominators:
     assert self.grad_fn.denominators is not None
@@ -195,11 +199,10 @@ class _SparseSam:
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SparseSamState]:
     state, call = call.state, call._replace(state=call.state.inner)
-    (loss, aux), grads, inner = call.value_and_grad(self.grad_fn)
-    # That of an `accumulate` inside is not of the gradient returned here.
-    output = loss, aux._replace(second_moment=None)
-    gradient = self._mean(tree_at_least_float32(grads))
-    old = state.mask.value if self.axis is None else state.mask
+    output, _, gradient, inner = first_pass(
+      self.grad_fn, call, self.axis, 'sparse_sam'
+    )
+    old = held(self.axis, state.mask)
     # The count is the same on all devices, so that they may talk in a branch.
     mask = jax.lax.cond(
       state.count % self.refresh_every == 0,
@@ -210,7 +213,7 @@ class _SparseSam:
     there = call._replace(params=point)
     sharp = there.value_and_grad(self.grad_fn)[1]
     count = optax.safe_increment(state.count)
-    return output, sharp, SparseSamState(inner, count, self._hold(mask))
+    return output, sharp, SparseSamState(inner, count, hold(self.axis, mask))
 
   def _refreshed(
     self, call: Call, count: jax.Array, gradient: Any, mask: Any
@@ -281,9 +284,6 @@ class _SparseSam:
     """How many parameters are perturbed."""
     # As decimals are meant: 1 - 0.9 of 10 is below 1 in binary.
     return int(round((1 - self.sparsity) * _size(tree), 6))
-
-  def _hold(self, mask: Any) -> Any:
-    return PerGroup(mask) if self.axis is None else mask
 
   def _mean(self, tree: Any) -> Any:
     return mean_over(self.axis, tree, 'sparse_sam')
