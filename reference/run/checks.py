@@ -329,6 +329,17 @@ def check_batch(batch_size: int, devices: int, *, accumulate: int) -> None:
     )
 
 
+def check_on(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Refuses what does not go on the devices of a mesh.
+
+  Raises:
+    Mistake: when groups, queue or agents do not.
+  """
+  check_groups(config, mesh)
+  check_queue(config, mesh)
+  check_agents(config)
+
+
 def check_groups(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses to compare the gradients of groups where there is only one.
 

@@ -252,6 +252,28 @@ def make_step(
   return jitted.lower(state, describe_batch(config, mesh)).compile()
 
 
+def announce(
+  config: ml_collections.ConfigDict,
+  source: sources.Source,
+  mesh: Mesh,
+  about: agreement.About,
+  *,
+  done: int,
+  steps: int,
+) -> None:
+  """Prints what is about to run, and how it came to be."""
+  print(
+    f'{config.name}, {config.method}: {len(source.train)} training and '
+    f'{len(source.held_out)} held-out images in {source.num_classes} '
+    f'classes; batches of {config.batch_size} on {mesh.size} '
+    f'{jax.default_backend()} device(s), {config.accumulate} '
+    f'micro-batch(es) each; {done} of {steps} steps done.',
+    *agreement.lines(about),
+    sep='\n',
+    flush=True,
+  )
+
+
 def report(
   record: metrics.Record, workdir: Path, *, skipped: jpeg.Skipped
 ) -> None:
@@ -310,9 +332,7 @@ def train(
   checks.check_numbers(config)
   checks.check_channels(config)
   mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
-  checks.check_groups(config, mesh)
-  checks.check_queue(config, mesh)
-  checks.check_agents(config)
+  checks.check_on(config, mesh)
   place = make_placement(mesh)
   skipped: jpeg.Skipped = {}
   held_out_skipped: jpeg.Skipped = {}
@@ -373,19 +393,10 @@ def train(
     manager = stack.enter_context(
       checkpoint.open_manager(workdir, keep=config.run.keep)
     )
-    if hosts.is_first():
-      print(
-        f'{config.name}, {config.method}: {len(source.train)} training and '
-        f'{len(source.held_out)} held-out images in {source.num_classes} '
-        f'classes; batches of {config.batch_size} on {mesh.size} '
-        f'{jax.default_backend()} device(s), {config.accumulate} '
-        f'micro-batch(es) each; {done} of {steps} steps done.',
-        *agreement.lines(about),
-        sep='\n',
-        flush=True,
-      )
-
     writes = hosts.is_first()
+    if writes:
+      announce(config, source, mesh, about, done=done, steps=steps)
+
     record = metrics.open_record(
       workdir,
       last_step=done,

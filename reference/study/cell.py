@@ -156,8 +156,7 @@ def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses what the main job refuses, and images that it makes on the host."""
   checks.check_choices(config)
   checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
-  checks.check_groups(config, mesh)
-  checks.check_agents(config)
+  checks.check_on(config, mesh)
   method = methods.METHODS[config.method]
   crop, flip = config.data.crop, config.data.flip
   if method.copies and crop != 'resize':

@@ -209,9 +209,7 @@ def print_step(config: ml_collections.ConfigDict, topology: str) -> None:
   checks.check_numbers(config)
   mesh = slices.make_mesh(topology, config.batch_size)
   checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
-  checks.check_groups(config, mesh)
-  checks.check_queue(config, mesh)
-  checks.check_agents(config)
+  checks.check_on(config, mesh)
   print_account(config, topology, mesh, read(compile_step(config, mesh)))
 
 
