@@ -59,7 +59,7 @@ def _describe(row: tables.Row) -> dict[str, str]:
     'attack': f'PGD-{steps}, {epsilon:.4g}' if epsilon else 'none',
     'classes': f'{row["classes"]:,}',
     'top-1': f'{row["top_1"]:.2%}',
-    'top-5': f'{row["top_5"]:.2%}',
+    'top-5': f'{row["top_5"]:.2%}' if 'top_5' in row else '',
     'loss': f'{row["loss"]:.4f}',
     'calibration error': f'{row["calibration_error"]:.2%}',
   }
@@ -68,6 +68,7 @@ def _describe(row: tables.Row) -> dict[str, str]:
 def _describe_class(row: tables.Row) -> dict[str, str]:
   return {
     'class': str(row['class']),
+    'name': str(row['name']) if row['name'] != row['class'] else '',
     'images': f'{row["images"]:,}',
     'right': f'{row["right"]:.2%}',
     'taken for': str(row['taken_for']),

@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
   if more > 0:
     print(f'Skipped {more:,} more, which manifest.json names.')
   for split, counts in manifest.counts.items():
-    print(f'{split}: {sum(counts)} images in {len(counts)} shards.')
+    shards = 'one shard' if len(counts) == 1 else f'{len(counts):,} shards'
+    print(f'{split}: {sum(counts):,} images in {shards}.')
   print(f'{len(manifest.classes)} classes in {target}.')
 
 

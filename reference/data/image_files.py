@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Listing(NamedTuple):
     held_out: the images that training never sees.
     left_out: names of what is not read, by what it is.
     label_file: as that of a `Layout`.
+    names: likewise.
   """
 
   classes: list[str]
@@ -43,6 +45,7 @@ class Listing(NamedTuple):
   held_out: list[ImageFile]
   left_out: layouts.LeftOut
   label_file: Path | None = None
+  names: Sequence[str] = ()
 
 
 def digest(listing: Listing) -> str:
@@ -94,4 +97,5 @@ def list_folder(folder: Path, held_out_labels: Path | None = None) -> Listing:
     _describe(found.held_out, folder),
     found.left_out,
     found.label_file,
+    found.names,
   )

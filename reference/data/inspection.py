@@ -67,6 +67,11 @@ def describe(listing: image_files.Listing) -> str:
     without = [listing.classes[x] for x in labels if not counts[x]]
     if without:
       lines.append(f'{split}: no image of {some(without)}.')
+  if listing.names:
+    pairs = list(zip(listing.classes, listing.names, strict=True))
+    lines.append(f'names: {pairs[0][0]} is {pairs[0][1]}, and so on.')
+    if nameless := [key for key, name in pairs if key == name]:
+      lines.append(f'names: none of {some(nameless)}.')
   if listing.label_file is not None:
     lines.append(f'held_out: labels of {listing.label_file}.')
   return '\n'.join([*lines, *layouts.notes(listing.left_out)])

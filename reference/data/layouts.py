@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reference.command import Mistake
-from reference.data import labels
+from reference.data import class_names, labels
 from reference.data.wording import some
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp')
@@ -54,6 +54,7 @@ class Layout(NamedTuple):
     left_out: paths of what is not read, by what it is.
     label_file: what says of which classes the held-out images are, where their
       folders do not.
+    names: of the classes, by label, where a file says them; else empty.
   """
 
   classes: list[str]
@@ -61,6 +62,7 @@ class Layout(NamedTuple):
   held_out: Records
   left_out: LeftOut
   label_file: Path | None = None
+  names: Sequence[str] = ()
 
 
 class _Level(NamedTuple):
@@ -275,10 +277,16 @@ def find_classes(folder: str) -> Layout:
   left_out: LeftOut = {}
   classes = _class_folders(folder, left_out)
   if not classes:
+    above = os.path.dirname(os.path.abspath(folder))
+    likely = (
+      'its labels are in a file, which is read with the folder that holds '
+      f'train/ too: `--data={above}`'
+      if root_of(above) == above
+      else f'the path is one level off: `ls {folder}/..`'
+    )
     raise Mistake(
       'Images must lie in a folder for each class, CLASS/*.jpg. Given '
-      f'{folder}, which holds no folder. Likely the path is one level off: '
-      f'`ls {folder}/..`.'
+      f'{folder}, which holds no folder. Likely {likely}.'
     )
   records = _records(folder, classes, classes, left_out)
   return Layout(classes, [], records, left_out)
@@ -322,6 +330,9 @@ def find(folder: str, label_file: Path | None = None) -> Layout:
       f'{train}/cat && mv {train}/cat*.jpg {train}/cat/`.'
     )
   records = _records(train, classes, classes, left_out)
+  # Kaggle's files of labels and of names lie beside ILSVRC/.
+  above = [Path(root).parents[2]] if Path(root).match(_KAGGLE) else []
+  places = [Path(root), *above]
   found = _look(held_out).folders
   if found and not (found == [_LEVEL] and _LEVEL not in classes):
     if label_file is not None:
@@ -332,13 +343,18 @@ def find(folder: str, label_file: Path | None = None) -> Layout:
       )
     held_out_records = _in_classes(held_out, train, classes, left_out)
   else:
-    # Kaggle's labels lie beside ILSVRC/.
-    above = [Path(root).parents[2]] if Path(root).match(_KAGGLE) else []
     held_out_records, label_file = _flat(
       held_out,
       classes,
       left_out,
       label_file=label_file,
-      places=[Path(root), *above],
+      places=places,
     )
-  return Layout(classes, records, held_out_records, left_out, label_file)
+  return Layout(
+    classes,
+    records,
+    held_out_records,
+    left_out,
+    label_file,
+    class_names.find(places, classes),
+  )

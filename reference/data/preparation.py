@@ -115,6 +115,7 @@ def _plan(
     unreadable,
     sources.fingerprint(names, *files),
     encoding,
+    listing.names,
   )
 
 
@@ -279,6 +280,10 @@ def prepare(
         f'{encoding or "the former"}. Take the same `--short_side` and '
         f'`--quality`, or another folder, `--target={target}_2`.'
       )
+    elif listing.names and manifest.names != listing.names:
+      # Names that came later.
+      manifest = manifest._replace(names=listing.names)
+      shards.write_manifest(target, manifest)
     missing = _find_missing(target, listing, manifest)
     _check_space(target, list(itertools.chain(*missing.values())), smaller)
     _write(

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Manifest(NamedTuple):
     skipped: the unreadable images that are left out, with the reason.
     fingerprint: of the images that are not, as `sources.fingerprint` makes it.
     encoding: how they were made smaller, '' where they are as they were.
+    names: of the classes, by label, where a file said them; else empty.
   """
 
   digest: str
@@ -42,6 +43,7 @@ class Manifest(NamedTuple):
   skipped: dict[str, str]
   fingerprint: str = ''
   encoding: str = ''
+  names: Sequence[str] = ()
 
 
 def pack(data: bytes, label: int) -> bytes:

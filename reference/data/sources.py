@@ -48,6 +48,8 @@ class Source(NamedTuple):
       records that are such pairs need not be given.
     fingerprint: the same for the same images wherever they lie, and another one
       where a class or an image is another; see `fingerprint`.
+    names: of the classes, by label, where those are keys such as n01440764;
+      else empty.
   """
 
   train: Sequence[Any]
@@ -55,6 +57,7 @@ class Source(NamedTuple):
   classes: tuple[str, ...]
   read: Callable[[Any], tuple[np.ndarray, int]] = read_pair
   fingerprint: str = ''
+  names: Sequence[str] = ()
 
   @property
   def num_classes(self) -> int:
@@ -188,6 +191,7 @@ def _of_files(found: layouts.Layout) -> Source:
     tuple(found.classes),
     _read_file,
     fingerprint(found.classes, *names),
+    found.names,
   )
 
 
@@ -276,6 +280,7 @@ def array_record(folder: str) -> Source:
     classes=tuple(manifest.classes),
     # Shards of before it was kept have the other one.
     fingerprint=manifest.fingerprint or manifest.digest,
+    names=manifest.names,
   )
 
 

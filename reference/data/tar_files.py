@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from reference.command import Mistake
-from reference.data import labels, layouts
+from reference.data import class_names, labels, layouts
 from reference.data.image_files import ImageFile, Listing
 
 TRAIN_TAR = 'ILSVRC2012_img_train.tar'
@@ -135,4 +135,5 @@ def list_images(folder: Path, held_out_labels: Path | None) -> Listing:
     ImageFile(f'held_out/{name}', str(path), start, size, label)
     for (name, start, size), label in zip(files, found.labels, strict=True)
   ]
-  return Listing(classes, train, held_out, left_out, label_file)
+  names = class_names.find([folder], classes)
+  return Listing(classes, train, held_out, left_out, label_file, names)

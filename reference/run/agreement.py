@@ -36,12 +36,15 @@ class About(NamedTuple):
     changes: what was accepted so far: the step, and [before, after] by name.
     init_from: which model the run began with: its path, its step, and notes of
       what it was not taken over; None where all parameters were drawn.
+    names: of the classes, by label, as people call them; empty where nothing
+      says. They need not agree.
   """
 
   config: dict[str, Any]
   dataset: dict[str, Any] | None
   changes: list[dict[str, Any]]
   init_from: dict[str, Any] | None = None
+  names: Sequence[str] = ()
 
 
 def _count(names: Sequence[str]) -> str:

@@ -103,6 +103,7 @@ def _about(items: ocp.args.Composite) -> agreement.About:
     items.get('dataset'),
     items.get('changes') or [],
     items.get('init_from'),
+    items.get('names') or (),
   )
 
 

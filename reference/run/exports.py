@@ -60,6 +60,7 @@ def _describe(model: trained.Trained, layout: str) -> dict[str, Any]:
     'step': model.step,
     'model': {'num_classes': len(model.classes), **arguments},
     'classes': list(model.classes),
+    'class_names': list(model.names),
     'input': {
       'size': data.size,
       'channels': len(data.mean),

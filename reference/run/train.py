@@ -369,7 +369,9 @@ def train(
     # Of a run that resumes, one state is in memory, not two.
     described = describe_state(config, model, tx, grad_fn, mesh)
     restored = checkpoint.restore(workdir, described, batches, software)
-    about = agreement.About(checkpoint.comparable(config), dataset, [])
+    about = agreement.About(
+      checkpoint.comparable(config), dataset, [], names=source.names
+    )
     if restored is None:
       start = None
       if init_from is not None:

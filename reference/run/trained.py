@@ -30,7 +30,9 @@ class Trained(NamedTuple):
   Attributes:
     step: steps that it was trained for.
     config: of its run, without the fields under `run`.
-    classes: their names, by label; '0', '1' and so on where nothing says.
+    classes: their keys, by label, such as the names of their folders; '0', '1'
+      and so on where nothing says.
+    names: what people call them, by label; the same where nothing says.
     params: parameters of one branch, under the module's own names.
     batch_stats: its statistics, likewise; {} where there are none.
     metrics: what the run measured at that step, by name.
@@ -41,6 +43,7 @@ class Trained(NamedTuple):
   step: int
   config: ml_collections.ConfigDict
   classes: tuple[str, ...]
+  names: tuple[str, ...]
   params: dict[str, Any]
   batch_stats: dict[str, Any]
   metrics: metrics.Row
@@ -157,6 +160,7 @@ def _load_checkpoint(path: Path, step: int | None, branch: str) -> Trained:
     number,
     config,
     classes,
+    tuple(about.names or classes),
     params,
     stats,
     _metrics_of(path / 'metrics.csv', number),
@@ -212,6 +216,8 @@ def _load_export(path: Path, step: int | None, branch: str) -> Trained:
     about['step'],
     ml_collections.ConfigDict(about['config']),
     tuple(about['classes']),
+    # One of before has none.
+    tuple(about.get('class_names', about['classes'])),
     variables['params'],
     variables.get('batch_stats', {}),
     about['metrics'],

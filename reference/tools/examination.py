@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 def _examples(
   seen: predictions.Seen,
-  classes: tuple[str, ...],
+  names: tuple[str, ...],
   pixels: dict[int, np.ndarray],
 ) -> list[examples.Example]:
   """The images of these numbers, in the order in which they are given."""
@@ -45,11 +45,12 @@ def _examples(
   return [
     examples.Example(
       image,
-      classes[seen.all.labels[place[number]]],
-      classes[seen.all.top[place[number], 0]],
-      float(seen.all.confidence[place[number]]),
+      names[seen.all.labels[at]],
+      names[seen.all.top[at, 0]],
+      float(seen.all.confidence[at]),
+      bool(seen.all.right[at]),
     )
-    for number, image in pixels.items()
+    for at, image in ((place[number], pixels[number]) for number in pixels)
   ]
 
 
@@ -67,19 +68,20 @@ def _rows(
 ) -> list[tables.Row]:
   """Measures among all classes, and among those of the images if fewer."""
   epsilon, steps = adversary or (0.0, 0)
-  return [
-    {
-      'epsilon': epsilon,
-      'steps': steps,
-      'classes': classes,
-      **scores.summary(found),
-    }
-    for classes, found in (
-      (images.source.num_classes, seen.all),
-      (len(images.labels), seen.among),
-    )
-    if found is not None
-  ]
+  rows: list[tables.Row] = []
+  for classes, found in (
+    (images.source.num_classes, seen.all),
+    (len(images.labels), seen.among),
+  ):
+    if found is not None:
+      measures = scores.summary(found)
+      if classes <= predictions.TOP:
+        # All there are, which says nothing.
+        del measures['top_5']
+      rows.append(
+        {'epsilon': epsilon, 'steps': steps, 'classes': classes, **measures}
+      )
+  return rows
 
 
 def examine(
@@ -132,8 +134,8 @@ def examine(
     for number in _most_confident_mistakes(seen)
   }
   sections = {
-    'Evenly spaced': _examples(seen, source.classes, seen.shown),
-    'The most confident mistakes': _examples(seen, source.classes, mistakes),
+    'Evenly spaced': _examples(seen, found.names, seen.shown),
+    'The most confident mistakes': _examples(seen, found.names, mistakes),
   }
   rows = _rows(seen, images)
   if adversary:
@@ -142,14 +144,15 @@ def examine(
     title = (
       f'Evenly spaced, under PGD-{adversary.steps}, {adversary.epsilon:.4g}'
     )
-    sections[title] = _examples(attacked, source.classes, attacked.shown)
+    sections[title] = _examples(attacked, found.names, attacked.shown)
   classes: list[tables.Row] = [
     {
-      'class': source.classes[score.label],
+      'class': found.classes[score.label],
+      'name': found.names[score.label],
       'images': score.images,
       'right': score.right / score.images,
       'taken_for': scores.in_words(
-        score.taken_for, source.classes, shown=_TAKEN_FOR
+        score.taken_for, found.names, shown=_TAKEN_FOR
       ),
     }
     for score in scores.of_classes(seen.all)

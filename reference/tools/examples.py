@@ -14,12 +14,16 @@ _RIGHT, _WRONG = '#1b7a3d', '#b3261e'
 
 
 class Example(NamedTuple):
-  """An image, float (H, W, C) from 0 to 1, and names of classes."""
+  """An image, float (H, W, C) from 0 to 1, and names of classes.
+
+  Two classes may have one name, so `right` says whether they are the same.
+  """
 
   pixels: np.ndarray
   label: str
   predicted: str
   confidence: float
+  right: bool
 
 
 def _short(name: str) -> str:
@@ -55,14 +59,13 @@ def draw(path: Path, sections: Mapping[str, Sequence[Example]]) -> None:
         vmin=0.0,
         vmax=1.0,
       )
-      is_right = example.label == example.predicted
       below = dict(transform=axes.transAxes, ha='center', va='top', fontsize=8)
       axes.text(0.5, -0.03, _short(example.label), **below)
       axes.text(
         0.5,
         -0.17,
         f'→ {_short(example.predicted)} ({example.confidence:.0%})',
-        color=_RIGHT if is_right else _WRONG,
+        color=_RIGHT if example.right else _WRONG,
         **below,
       )
   path.parent.mkdir(parents=True, exist_ok=True)

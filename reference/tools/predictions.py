@@ -14,7 +14,7 @@ from reference.command import Mistake
 from reference.run import methods, models, objective
 from reference.tools import scores
 
-_TOP = 5
+TOP = 5
 Batch = dict[str, Any]
 
 
@@ -99,7 +99,7 @@ def attack(
 
 def _measure(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
   log_p = jax.nn.log_softmax(logits)
-  values, top = jax.lax.top_k(log_p, min(_TOP, logits.shape[1]))
+  values, top = jax.lax.top_k(log_p, min(TOP, logits.shape[1]))
   return {
     'top': top,
     'confidence': jnp.exp(values[:, 0]),

@@ -153,5 +153,11 @@ def test_the_record_says_what_changed_and_where():
   ]
 
 
+def test_names_of_classes_need_not_agree():
+  named = STORED._replace(names=['tabby cat', 'dog'])
+  for then, now in ((STORED, named), (named, STORED)):
+    assert agreement.go_on(then, now, 7) == now
+
+
 def test_a_checkpoint_of_before_says_nothing_new():
   assert agreement.go_on(BARE, STORED, 7).changes == []

@@ -9,6 +9,8 @@ from reference.run import trained
 from reference.tools import examination, predictions
 
 CLASSES = ('ant', 'bee', 'cat')
+# Two may have one.
+NAMES = ('insect', 'insect', 'tabby')
 IMAGES = 30
 
 
@@ -33,6 +35,7 @@ def make_model():
       }
     ),
     classes=CLASSES,
+    names=NAMES,
     params={'Dense_0': {'kernel': kernel, 'bias': np.zeros(3, np.float32)}},
     batch_stats={},
     metrics={},
@@ -72,6 +75,8 @@ def test_rows_classes_and_examples(tmp_path):
   clean, attacked = found.rows
   assert (clean['images'], clean['skipped'], clean['classes']) == (29, 1, 3)
   assert (clean['epsilon'], clean['steps']) == (0.0, 0)
+  # Among three classes the label is always one of five.
+  assert 'top_5' not in clean
   assert (attacked['epsilon'], attacked['steps']) == (0.1, 2)
   np.testing.assert_allclose(clean['top_1'], np.mean(said == labels))
   assert attacked['top_1'] < clean['top_1']
@@ -80,6 +85,14 @@ def test_rows_classes_and_examples(tmp_path):
   shares = [np.mean(said[labels == label] == label) for label in range(3)]
   worst_first = [CLASSES[label] for label in np.argsort(shares, kind='stable')]
   assert [row['class'] for row in found.classes] == worst_first
+  for row in found.classes:
+    label = CLASSES.index(row['class'])
+    assert row['name'] == NAMES[label]
+    for name, count in zip(
+      NAMES, np.bincount(said[labels == label]), strict=True
+    ):
+      if name != NAMES[label] and count:
+        assert f'{name} ({count})' in row['taken_for']
   assert {row['class']: row['right'] for row in found.classes} == dict(
     zip(CLASSES, shares, strict=True)
   )
@@ -90,8 +103,9 @@ def test_rows_classes_and_examples(tmp_path):
   assert len(mistakes) == len(order)
   for example, at in zip(mistakes, order, strict=True):
     np.testing.assert_allclose(example.pixels, images[there[at]] / 255)
-    assert example.label == CLASSES[labels[at]]
-    assert example.predicted == CLASSES[said[at]]
+    assert example.label == NAMES[labels[at]]
+    assert example.predicted == NAMES[said[at]]
+    assert not example.right
     np.testing.assert_allclose(example.confidence, confidence[at], rtol=1e-4)
 
   spaced = found.sections['Evenly spaced']
@@ -102,6 +116,6 @@ def test_rows_classes_and_examples(tmp_path):
   for example, moved, number in zip(spaced, shown, numbers, strict=True):
     image = images[number] / 255
     np.testing.assert_allclose(example.pixels, image, atol=1e-6)
-    assert example.label == moved.label == CLASSES[number // 10]
+    assert example.label == moved.label == NAMES[number // 10]
     distance = np.abs(moved.pixels - image).max()
     assert 0.05 < distance < 0.1001

@@ -79,6 +79,7 @@ def test_the_description_says_what_a_user_needs(workdir, folder):
   assert about['layout'] == 'flax'
   assert about['step'] == 2
   assert about['classes'] == [str(digit) for digit in range(10)]
+  assert about['class_names'] == about['classes']
   assert about['model'] == {
     'num_classes': 10,
     'stage_sizes': [1],
@@ -168,10 +169,10 @@ def test_another_branch_has_its_own_norm_layers_alone(workdir):
 def test_a_checkpoint_of_before_has_numbers_for_classes(workdir, tmp_path):
   copy = tmp_path / 'old'
   shutil.copytree(workdir, copy)
-  for name in ('dataset', 'changes', 'init_from'):
+  for name in ('dataset', 'changes', 'init_from', 'names'):
     shutil.rmtree(copy / 'checkpoints' / '3' / name)
   model = trained.load(copy)
-  assert model.classes == tuple('0123456789')
+  assert model.classes == model.names == tuple('0123456789')
   assert model.record['dataset'] is None
 
 

@@ -208,13 +208,16 @@ def test_imagenet_as_kaggle_packs_it(tmp_path, given):
     'ILSVRC/Annotations/CLS-LOC/',
     LOC_val_solution='',
   )
-  (tmp_path / 'LOC_synset_mapping.txt').write_text('n01 tench\nn02 goldfish\n')
+  (tmp_path / 'LOC_synset_mapping.txt').write_text(
+    'n01 tench, Tinca tinca\nn02 goldfish\n'
+  )
   (tmp_path / 'LOC_val_solution.csv').write_text(
     'ImageId,PredictionString\nv_2,n01 85 1 499 272 \nv_1,n02 1 2 3 4 n02 5 6\n'
     'v_3,n01 0 0 1 1\n'
   )
   folder = tmp_path / given
   layout = layouts.find(str(folder))
+  assert layout.names == ['tench, Tinca tinca', 'goldfish']
   paths = [os.path.relpath(x, tmp_path / KAGGLE) for x, _ in layout.train]
   assert paths == list(images[:2])
   held_out = [(os.path.basename(x), label) for x, label in layout.held_out]
@@ -222,6 +225,19 @@ def test_imagenet_as_kaggle_packs_it(tmp_path, given):
   notes = layouts.notes(layout.left_out)
   assert any('lines of' in x and x.endswith(': v_3.') for x in notes)
   assert any(x.endswith('CLS-LOC/test.') for x in notes)
+
+
+def test_classes_without_a_name_keep_that_of_their_folder(tmp_path):
+  make(tmp_path, *PLAIN)
+  assert layouts.find(str(tmp_path)).names == []
+  words = tmp_path / 'words.txt'
+  for of_others in ('a note\nof mine\n', 'n01\tcat\nbee\t\n', ''):
+    words.write_text(of_others)
+    assert layouts.find(str(tmp_path)).names == []
+  words.write_bytes(b'\xef\xbb\xbfbee\thoney bee, Apis\r\n\xff\n')
+  layout = layouts.find(str(tmp_path))
+  assert layout.names == ['ant', 'honey bee, Apis']
+  assert layout.classes == ['ant', 'bee']
 
 
 def test_flat_images_and_labels_that_are_given(tmp_path):
@@ -286,3 +302,9 @@ def test_a_folder_of_classes_alone(tmp_path):
   }
   with pytest.raises(Mistake, match='holds no folder'):
     layouts.find_classes(str(tmp_path / 'bee'))
+
+
+def test_flat_images_alone_are_found_by_the_folder_above(tmp_path):
+  make(tmp_path, *PLAIN[:3], 'val/0.jpg')
+  with pytest.raises(Mistake, match=f'labels are in a file.*data={tmp_path}`'):
+    layouts.find_classes(f'{tmp_path}/val/')

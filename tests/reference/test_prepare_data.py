@@ -278,6 +278,29 @@ def test_the_summary_names_what_is_and_what_is_not_read(source, target, capsys):
   assert opened.read(opened.train[-4])[0].shape == (5, 6, 3)
 
 
+def test_names_of_classes_are_kept_and_may_come_later(source, target, capsys):
+  assert prepare(source, target).names == []
+  before = identity(target)
+  fingerprint = sources.array_record(str(target)).fingerprint
+  (source / 'words.txt').write_text('n01\ttench\nn10\tcock\nn11\then\n')
+  prepare(source, target)
+  after = identity(target)
+  assert after.pop('manifest.json') != before.pop('manifest.json')
+  assert after == before
+  shown = capsys.readouterr().out
+  assert 'names: n01 is tench, and so on.\nnames: none of n02.\n' in shown
+  for opened in (
+    sources.array_record(str(target)),
+    sources.jpeg_folder(str(source)),
+  ):
+    assert opened.names == ['tench', 'n02', 'cock']
+    assert opened.classes == ('n01', 'n02', 'n10')
+    assert opened.fingerprint == fingerprint
+  # Without the file they stay.
+  (source / 'words.txt').unlink()
+  assert prepare(source, target).names == ['tench', 'n02', 'cock']
+
+
 def test_smaller_images(source, target):
   (source / 'train' / 'n01' / '0.JPEG').write_bytes(make_jpeg(0, (40, 60)))
   (source / 'val' / 'n01' / '0.JPEG').write_bytes(make_jpeg(1, (60, 40)))
@@ -413,5 +436,5 @@ def test_the_command_from_end_to_end(source, target):
     'train: 10 images, 2 (n10) to 5 (n02) a class.\n'
     'held_out: 3 images, 1 (n01) to 1 (n01) a class.\n'
   )
-  assert 'train: 9 images in 1 shards.' in result.stdout
+  assert 'train: 9 images in one shard.' in result.stdout
   assert f'3 classes in {target}.' in result.stdout

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'reference' / 'README.md').read_text()
 [EXAMPLE] = re.findall(r'```python\n(import json\n.*?)```', README, re.S)
-CLASSES = ('bird', 'car', 'cat', 'dog')
+CLASSES = ('n1', 'n2', 'n3', 'n4')
+NAMES = ['bird', 'car, auto', 'cat', 'n4']
 STEPS = 12  # two epochs of 48 images, eight a step
 TINY = (
   f'--config={ROOT}/reference/configs/jpeg_folder.py',
@@ -92,6 +93,7 @@ def write_images(folder):
         pixels = colour + rng.normal(0, 40, size=(32, 32, 3))
         pixels = pixels.clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / split / name / f'{number}.jpg')
+  (folder / 'words.txt').write_text('n1\tbird\nn2\tcar, auto\nn3\tcat\n')
 
 
 def train_until_ctrl_c(data, workdir):
@@ -161,7 +163,7 @@ def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
   out = tmp_path / 'out'
   model = story / 'my_model'
   data = story / 'images' / 'test'
-  run(
+  said = run(
     '-m',
     'reference.evaluate',
     f'--model={model}',
@@ -170,6 +172,11 @@ def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
   )
   with (out / 'evaluation.csv').open(newline='') as file:
     [row] = csv.DictReader(file)
+  with (out / 'classes.csv').open(newline='') as file:
+    named = {row['class']: row['name'] for row in csv.DictReader(file)}
+  assert named == dict(zip(CLASSES, NAMES, strict=True))
+  assert '| name |' in said
+  assert 'top-5' not in said
   paths = sorted(data.glob('*/*.jpg'))
   labels = np.array([CLASSES.index(path.parent.name) for path in paths])
   assert int(row['images']) == len(paths)
@@ -187,6 +194,7 @@ def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
   assert float(row['loss']) == pytest.approx(loss, rel=1e-4)
   about = json.loads((model / 'model.json').read_text())
   assert about['classes'] == list(CLASSES)
+  assert about['class_names'] == NAMES
   assert float(row['top_1']) == pytest.approx(
     about['metrics']['held_out_accuracy']
   )

@@ -102,7 +102,8 @@ def test_what_is_no_image_is_named(tars, target, capsys):
 def test_labels_that_lie_beside_the_tar_files(tars, target, capsys):
   given = write_tars(tars, *make_files())['held_out_labels']
   given.rename(tars / 'LOC_val_solution.csv')
-  prepare(tars, target)
+  (tars / 'LOC_synset_mapping.txt').write_text('n01 tench\nn02 goldfish\n')
+  assert prepare(tars, target).names == ['tench', 'goldfish', 'n10']
   assert records(target, 'held_out') == expected('val')
   shown = capsys.readouterr().out
   assert f'held_out: labels of {tars}/LOC_val_solution.csv.' in shown
