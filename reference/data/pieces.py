@@ -8,12 +8,15 @@ threads are those of worker processes, between which nothing is shared: what was
 unreadable travels with the rows that were made beside it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -37,6 +40,10 @@ _LEFT_TO_THE_RUN = (
 )
 # Arrays smaller than this reach the parent by a pipe, not by shared memory.
 _SMALL = 4096
+# Within which all workers are there, once the first batch is asked for.
+_START_SECONDS = 0.5
+# How many workers this process has, or is about to start.
+_opened = 0
 
 
 class Pieces(grain.MapDataset):
@@ -193,6 +200,37 @@ def _start_worker(index: int, workers: int) -> None:
   threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
+def _find_workers() -> list[int]:
+  """The workers of this process, also those that only start.
+
+  Of these `multiprocessing` does not know yet.
+  """
+  workers = []
+  # Where the system has no such folder none is found.
+  for process in Path('/proc').glob('[0-9]*'):
+    with contextlib.suppress(OSError):
+      command = (process / 'cmdline').read_bytes()
+      state = (process / 'stat').read_text().rpartition(')')[2].split()
+      if int(state[1]) == os.getpid() and b'multiprocessing.spawn' in command:
+        workers.append(int(process.name))
+  return workers
+
+
+def end_workers() -> None:
+  """Kills the workers of this process, to be called right before its end.
+
+  One that only starts would tell by a traceback that its parent no longer
+  writes what it is to do.
+  """
+  deadline = time.monotonic() + _START_SECONDS
+  workers = _find_workers()
+  while len(workers) < _opened and time.monotonic() < deadline:
+    workers = _find_workers()
+  # At once, so that nobody here tells of one that is gone.
+  for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+
+
 def batched(
   pieces: Pieces,
   config: ml_collections.ConfigDict,
@@ -208,6 +246,8 @@ def batched(
     flags.FLAGS.mark_as_parsed()
 
   def open_pieces(first: int) -> grain.DatasetIterator:
+    global _opened
+    _opened = workers
     rest = pieces.slice(slice(first, None))
     made = (rest.map(_pack) if workers else rest).to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

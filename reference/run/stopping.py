@@ -16,6 +16,7 @@ import jax
 import tqdm
 from jax.experimental import multihost_utils
 
+from reference.data import pieces
 from reference.run import hosts
 
 # A terminal's Ctrl-C, a scheduler's request, a terminal that is closed, and
@@ -70,13 +71,16 @@ class Stop:
       )
 
   def _end(self, number: int, text: str) -> None:
+    def leave() -> None:
+      pieces.end_workers()
+      os._exit(128 + number)
+
     # Nothing is unwound, as the main thread may be anywhere; nor may storage or
     # a terminal that does not answer keep it.
-    timer = threading.Timer(1.0, os._exit, (128 + number,))
-    timer.start()
+    threading.Timer(1.0, leave).start()
     self._at_end()
     _say(text)
-    os._exit(128 + number)
+    leave()
 
   def reached(self, done: int) -> bool:
     """Whether to save and leave after this step, the same on all hosts.

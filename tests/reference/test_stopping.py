@@ -53,6 +53,9 @@ def ends(monkeypatch):
   """The statuses with which the process would have ended."""
   statuses = []
   monkeypatch.setattr(stopping.os, '_exit', statuses.append)
+  monkeypatch.setattr(
+    stopping.pieces, 'end_workers', lambda: statuses.append('workers')
+  )
   monkeypatch.setattr(stopping.threading, 'Timer', lambda *_: threading.Event)
   monkeypatch.setattr(threading.Event, 'start', lambda: None, raising=False)
   return statuses
@@ -67,7 +70,7 @@ def test_other_signals_wait_and_ctrl_c_does_not(ends, capsys):
   assert stop.reached(1)
   assert ends == released == []
   stop.receive(signal.SIGINT)
-  assert ends == [130]
+  assert ends == ['workers', 130]
   assert released == [True]
   assert stop.by() is signal.SIGUSR1
   assert 'Ended by SIGINT at once' in capsys.readouterr().out
@@ -75,7 +78,7 @@ def test_other_signals_wait_and_ctrl_c_does_not(ends, capsys):
 
 def test_before_the_first_step_a_signal_does_not_wait(ends, capsys):
   stopping.Stop(lambda: None).receive(signal.SIGTERM)
-  assert ends == [143]
+  assert ends == ['workers', 143]
   assert 'there is nothing to save' in capsys.readouterr().out
 
 

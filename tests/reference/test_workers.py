@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from prepared_images import break_two, prepare, write_images
 from run_folders import assert_equal, read_csv, saved, steps_saved
 
 from reference.configs import jpeg_folder
-from reference.data import input_pipeline, jpeg, sources
+from reference.data import input_pipeline, jpeg, pieces, sources
 
 ROOT = Path(__file__).parents[2]
 BOTH = ('image', 'image_augmented')
@@ -240,6 +241,28 @@ def test_no_worker_outlives_its_process(end, code, tmp_path):
   process.communicate(timeout=100)
   assert process.returncode == code
   wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def test_workers_that_only_start_are_ended(monkeypatch):
+  """The last of two comes a little later; a third is no worker."""
+  monkeypatch.setattr(pieces, '_opened', 2)
+  processes = []
+
+  def add(name):
+    code = f'import time; time.sleep(60)  # {name}'
+    processes.append(subprocess.Popen([sys.executable, '-c', code]))
+
+  add('multiprocessing.spawn')
+  add('multiprocessing.resource_tracker')
+  late = threading.Timer(0.2, add, ['multiprocessing.spawn'])
+  late.start()
+  pieces.end_workers()
+  late.join()
+  first, other, last = processes
+  assert first.wait(10) == last.wait(10) == -signal.SIGKILL
+  assert other.poll() is None
+  other.kill()
+  other.wait()
 
 
 # Slow steps: the run must not end before the signal.
