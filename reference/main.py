@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from reference import command
-from reference.run import agreement, hosts, train
+from reference.run import agreement, hosts, storage, train
 
 _CONFIG = command.define_config(Path(__file__).parent / 'configs' / 'digits.py')
 _WORKDIR = flags.DEFINE_string(
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     # At absl's default Orbax tells of every file.
     logging.set_verbosity(logging.WARNING)
+    storage.tell_once()
   config = _CONFIG.value
   workdir = _WORKDIR.value or f'runs/{config.name}_{config.method}'
   if '://' in workdir:

@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import absl.logging
 
 from reference import command
 from reference.run import hosts
@@ -39,6 +44,31 @@ def _advice(number: int, folder: Path) -> str:
       'chown "$USER" /mnt/runs`.'
     )
   return 'Likely the path is mistyped, `--workdir=`, or the storage is away.'
+
+
+def tell_once() -> None:
+  """Keeps to itself what Orbax and TensorStore print of a failed write.
+
+  That is a thousand lines. The error is raised too, here or where Orbax is
+  asked next.
+  """
+  absl.logging.get_absl_logger().addFilter(
+    lambda record: (
+      record.levelno < logging.ERROR or '/orbax/' not in record.pathname
+    )
+  )
+  # Orbax writes many arrays at once, and waits for none once one has failed.
+  logging.getLogger('asyncio').addFilter(
+    lambda record: 'exception was never retrieved' not in record.getMessage()
+  )
+  others = sys.unraisablehook
+
+  def tell(unraisable: Any) -> None:
+    # TensorStore, which answers all of them.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      others(unraisable)
+
+  sys.unraisablehook = tell
 
 
 @contextlib.contextmanager

@@ -268,6 +268,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
   assert result.returncode not in (0, -signal.SIGXFSZ)
   assert f'could not write to {tmp_path}/checkpoints: File' in result.stderr
   assert 'Likely the disk is full' in result.stderr
+  assert 'Traceback' not in result.stderr
   assert f'{number} of 72 steps done' in result.stdout
   assert steps_saved(tmp_path) == [number]
   after = hashes(tmp_path / 'checkpoints')
