@@ -276,17 +276,19 @@ def find_classes(folder: str) -> Layout:
   """
   left_out: LeftOut = {}
   classes = _class_folders(folder, left_out)
-  if not classes:
-    above = os.path.dirname(os.path.abspath(folder))
+  above = os.path.dirname(os.path.abspath(folder))
+  is_part = root_of(above) == above
+  if not classes or (classes == [_LEVEL] and is_part):
     likely = (
       'its labels are in a file, which is read with the folder that holds '
       f'train/ too: `--data={above}`'
-      if root_of(above) == above
+      if is_part
       else f'the path is one level off: `ls {folder}/..`'
     )
     raise Mistake(
       'Images must lie in a folder for each class, CLASS/*.jpg. Given '
-      f'{folder}, which holds no folder. Likely {likely}.'
+      f'{folder}, which holds {"images/ alone" if classes else "no folder"}. '
+      f'Likely {likely}.'
     )
   records = _records(folder, classes, classes, left_out)
   return Layout(classes, [], records, left_out)

@@ -305,6 +305,8 @@ def test_a_folder_of_classes_alone(tmp_path):
 
 
 def test_flat_images_alone_are_found_by_the_folder_above(tmp_path):
-  make(tmp_path, *PLAIN[:3], 'val/0.jpg')
-  with pytest.raises(Mistake, match=f'labels are in a file.*data={tmp_path}`'):
-    layouts.find_classes(f'{tmp_path}/val/')
+  make(tmp_path, *PLAIN[:3], 'val/0.jpg', 'test/images/0.jpg')
+  for name, found in (('val/', 'no folder'), ('test', 'images/ alone')):
+    message = f'holds {found}. .*labels are in a file.*data={tmp_path}`'
+    with pytest.raises(Mistake, match=message):
+      layouts.find_classes(f'{tmp_path}/{name}')
