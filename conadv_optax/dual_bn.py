@@ -2,8 +2,8 @@ r"""One model, several BatchNorms: a norm of its own for each kind of example.
 
 Clean and adversarial examples have different statistics. A `Branched` tree
 holds the model's ordinary tree for 'main' and, for every other branch, only
-the leaves in which that branch differs. The model is not changed and never
-knows: `select` gives it an ordinary tree.
+the leaves in which that branch differs. The model does not change, because
+`select` gives it an ordinary tree.
 
     params, model_state = split(params, model_state)
     model.apply(select(params, 'adversarial'), ...)
@@ -62,30 +62,30 @@ def split(
   affine: bool = True,
   is_norm: Callable[[tuple[Any, ...], jax.Array], bool] | None = None,
 ) -> tuple[Any, Any]:
-  """Gives every branch statistics, and by default a scale and bias, of its own.
+  """Gives every branch its own statistics and, by default, scale and bias.
 
   The new branches start as copies of the main one. The whole model state is
-  split. Of the parameters only those of norm layers are: the ones whose module
-  also has an entry in `model_state`. All others stay shared. This covers Flax
-  Linen, Flax NNX and Haiku. Where a module, the model's root say, keeps state
-  beside parameters that are no norm's, `is_norm` tells them apart.
+  split. Parameters are split if they belong to a norm layer, that is, if their
+  module also has an entry in `model_state`; all others stay shared. This covers
+  Flax Linen, Flax NNX and Haiku. If a module, such as the model's root, keeps
+  state beside parameters that belong to no norm layer, pass `is_norm`.
 
   Args:
     params: parameters of the model, any shapes and dtypes.
     model_state: its statistics (Linen's `batch_stats`, NNX's `BatchStat`
-      state, Haiku's state), or None for a model without.
+      state, Haiku's state), or None if the model has none.
     branches: names of the branches beside 'main'.
     affine: whether the norm layers' parameters are split too. If False,
       `params` is returned as it is.
     is_norm: `is_norm(path, leaf)` decides instead which parameters to split;
-      `path` is the tuple of keys of the leaf. For norm layers without state.
+      `path` is the tuple of keys of the leaf. Norm layers without state need it.
 
   Returns:
     `(params, model_state)`, each `Branched` where it was split.
 
   Raises:
-    ValueError: when a tree is split already, a branch is called 'main' or
-      twice the same, or no norm layer is found.
+    ValueError: when a tree is split already, a branch is called 'main', two
+      branches have the same name, or no norm layer is found.
 
   Examples:
     >>> import chex, jax.numpy as jnp
@@ -188,8 +188,8 @@ def select(tree: Any, branch: str) -> Any:
 def replace(tree: Branched, branch: str, new: Any) -> Branched:
   """Writes a branch back, the counterpart of `select`.
 
-  For 'main' the whole main tree is replaced. For another branch its own leaves
-  are; the leaves that it shares are left as they are.
+  For 'main' the whole main tree is replaced. For another branch only its own
+  leaves are replaced, and the leaves that it shares stay as they are.
 
   Args:
     tree: a `Branched` tree.
@@ -239,7 +239,7 @@ def main(tree: Any) -> Any:
     tree: a `Branched` tree, or an ordinary one.
 
   Returns:
-    The tree that the model was initialised with, trained; nothing extra.
+    The tree of the model as it was initialised, trained, with nothing extra.
 
   Examples:
     >>> import chex, jax.numpy as jnp

@@ -5,8 +5,8 @@ This module imports Flax, so `conadv_optax` does not import it by itself:
     from conadv_optax.flax import LinenKalmanNorm
 
 Batch Kalman normalisation treats the norm layers of a net as one system. What
-the layer before found is carried to this one (`predict`) and joined with what
-this one sees (`fuse`), which may be a few images.
+one layer found is carried to the next (`predict`) and joined with what that
+layer sees itself (`fuse`), which may be a few images.
 
 References:
   Wang et al., `Batch Kalman Normalization: Towards Training Deep Neural
@@ -48,25 +48,26 @@ _Init = Callable[..., jax.Array]
 class LinenKalmanNorm(nn.Module, kw_only=True):
   r"""Batch Kalman normalisation for Flax Linen.
 
-  `nn.BatchNorm` over the last axis, whose statistics are those of `fuse`: of
-  the batch and of what the layer before hands on. They are differentiated
-  through, and their running averages are what evaluation divides by.
+  This is `nn.BatchNorm` over the last axis, with the statistics of `fuse`: it
+  joins those of the batch with those that the layer before hands on. Gradients
+  go through the statistics, and evaluation takes their running averages.
 
       x, statistics = norm()(conv1(x), None)  # The first of a chain.
       x, statistics = norm()(conv2(nn.relu(x)), statistics)
 
-  Where the channels of the two layers differ, it is an error: hand on
-  `predict(statistics, kernel)`, which carries them through the layer between as
-  the released code does, or None to begin anew.
+  Two layers with different channels are an error: hand on
+  `predict(statistics, kernel)`, which carries the statistics through the layer
+  between as the released code does, or None to begin anew.
 
-  `p=0`, or None at each layer, is `nn.BatchNorm`, and variables have its names:
-  a trained `BatchNorm` loads, and `conadv.dual_bn.split` finds the layer.
+  With `p=0`, or None at each layer, it is `nn.BatchNorm`, and its variables
+  have the same names: a trained `BatchNorm` loads, and `conadv.dual_bn.split`
+  finds the layer.
 
   Attributes:
     p: how much the layer before counts, from 0 to 1. The released code has 0.05
       for batches of 128 images, and 0.9 for groups of 2.
     use_running_average: whether the running averages are used, as in
-      evaluation. Here or in the call.
+      evaluation. Given here or in the call.
     momentum: decay of the running averages.
     epsilon: added to the variance.
     dtype: of the result; that of the input and the parameters if None.
@@ -132,7 +133,7 @@ class LinenKalmanNorm(nn.Module, kw_only=True):
       x: floating [..., channels].
       previous: what the layer before handed on, or None for the first. Checked
         but not used with running averages.
-      use_running_average: as the attribute, which it completes.
+      use_running_average: as the attribute, if that is None.
 
     Returns:
       `(y, statistics)`: the normalised input, and what it was normalised by,
@@ -167,9 +168,9 @@ class LinenKalmanNorm(nn.Module, kw_only=True):
 class NnxKalmanNorm(nnx.Module):
   r"""Batch Kalman normalisation for Flax NNX.
 
-  `nnx.BatchNorm` over the last axis with the statistics of `fuse`; all that
-  `LinenKalmanNorm` says holds here too. `model.train()`, `model.eval()` and
-  `nnx.view` set `use_running_average`.
+  This is `nnx.BatchNorm` over the last axis with the statistics of `fuse`. All
+  that `LinenKalmanNorm` says holds here too. `model.train()`, `model.eval()`
+  and `nnx.view` set `use_running_average`.
 
   Args:
     num_features: channels of the input.

@@ -1,4 +1,4 @@
-"""Inputs that a batch does not have: zeros to perturb, at an embedding say.
+"""Inputs that a batch does not have: zeros to perturb, as at an embedding.
 
 References:
   Miyato et al., `Adversarial Training Methods for Semi-Supervised Text
@@ -17,16 +17,16 @@ from conadv_optax.core.types import Batch
 
 
 def added_leaf(name: str, like: Callable[[Batch], Any]) -> Leaf:
-  r"""Perturbs zeros, which the loss adds where it likes.
+  r"""Perturbs zeros that the loss adds where it likes.
 
   .. math::
 
     \delta_0 = 0, \qquad L(\theta; x, \delta)
 
-  Tokens are integers, and no attack moves them. Their embedding can be moved:
-  the perturbation is a leaf of its own, of the shape of the embedding, and the
-  model adds it there. Clean batches have no such leaf and wait without it, so
-  `loss_fn` adds it where there is one: `batch.get(name, 0.)`.
+  Tokens are integers, so no attack can move them, but it can move their
+  embedding. The perturbation is a leaf of the embedding's shape, and the model
+  adds it to the embedding. Clean batches wait without this leaf, so `loss_fn`
+  adds it only if it is there: `batch.get(name, 0.)`.
 
   Args:
     name: the key under which the perturbation is put into the batch, a dict.

@@ -31,8 +31,8 @@ def fgsm(
 
     \hat x = \Pi\left(x + \epsilon\, d(\nabla_x L(x))\right)
 
-  The attack for `reuse_gradient=True`, which needs one step from the clean
-  input, without targets.
+  Use it with `reuse_gradient=True`, which needs one step from the clean input,
+  without targets.
 
   Args:
     epsilon: radius of the ball and size of the step, as in `pgd`.
@@ -41,7 +41,7 @@ def fgsm(
     targets: as in `pgd`.
 
   Returns:
-    An `Attack`, as `pgd` does.
+    An `Attack`, as `pgd` returns.
 
   Raises:
     TypeError, ValueError: as `pgd` does.
@@ -78,8 +78,8 @@ def fast_fgsm(
       \mathrm{sign}(\nabla_x L(x + u))\right),
     \qquad u \sim U(-\epsilon, \epsilon)
 
-  Training on its examples alone can lose robustness within an epoch;
-  `overfitting_guard` notices.
+  Training on these examples alone can lose robustness within an epoch;
+  `overfitting_guard` notices it.
 
   Args:
     epsilon: radius of the L-infinity ball, as in `pgd`.
@@ -88,7 +88,7 @@ def fast_fgsm(
     targets: as in `pgd`.
 
   Returns:
-    An `Attack`, as `pgd` does.
+    An `Attack`, as `pgd` returns.
 
   Raises:
     TypeError, ValueError: as `pgd` does.

@@ -32,12 +32,12 @@ def normalized(
     bounds' = \left(-mean / std,\ (1 - mean) / std\right)
 
   Args:
-    epsilon: radius in units of pixels in [0, 1], `8 / 255` say.
-    mean: what was subtracted from the pixels, a float or one value a channel.
-    std: what they were divided by, likewise; positive.
+    epsilon: radius in units of pixels in [0, 1], such as `8 / 255`.
+    mean: what was subtracted from the pixels, a float or one value per channel.
+    std: what the pixels were divided by, in the same form; positive.
 
   Returns:
-    A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and its kin.
+    A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and its variants.
 
   Raises:
     TypeError: for a function in place of a number.

@@ -62,22 +62,22 @@ def pgd(
   where :math:`u` is uniform in the ball, :math:`d(g)` is
   :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of each example
   for 'l2', and :math:`\Pi` projects to the ball of radius `epsilon` around
-  :math:`x`, then to `bounds`: in 'l2' as Foolbox and torchattacks do, where ART
+  :math:`x`, then to `bounds`. In 'l2' Foolbox and torchattacks do the same; ART
   and CleverHans take the bounds first. With `targets` the step descends towards
-  the target in place of climbing away from the label. An example whose gradient
-  is zero, or holds a NaN, takes no step. Where entries are infinite, a step in
-  'l2' goes along them alone, as far along each.
+  the target instead of climbing away from the label. An example whose gradient
+  is zero, or holds a NaN, takes no step. If entries of a gradient are infinite,
+  a step in 'l2' goes along these alone, equally far along each.
 
-  Where `inputs` are several leaves, an example is what it has in all of them,
-  as if they were put together: one ball, one norm.
+  If `inputs` are several leaves, an example spans all of them, as if they were
+  concatenated: one ball, one norm.
 
-  An untargeted one-step attack on the very batch that is trained on leaks the
-  label through batch statistics (Mei et al., Fast AdvProp); `random_targets`
-  avoids it.
+  When a step attacks the batch that it trains on, an untargeted one-step attack
+  leaks the label through batch statistics (Mei et al., Fast AdvProp);
+  `random_targets` avoids this.
 
   Args:
     epsilon: radius of the ball, in the units of the input. A float, or an array
-      that broadcasts to the input, one value a channel say. An array with
+      that broadcasts to the input, such as one value per channel. An array with
       'l2' scales the axes of the ball: :math:`\|(\hat x - x)/\epsilon\|_2 \le
       1`. May be traced: for a schedule, build
       `conadv.wrap(loss_fn, attack=conadv.pgd(schedule(count)))` inside the
@@ -88,30 +88,30 @@ def pgd(
     steps: number of steps, at least 1.
     norm: 'linf' or 'l2'.
     batch_axes: how many leading axes of the inputs have an L2 ball at each
-      place. 1, a ball for each example; 2 for one at each token of embeddings
-      (batch, tokens, features). What is said of an example holds for each ball.
+      place: 1 for a ball at each example, 2 for a ball at each token of
+      embeddings (batch, tokens, features). What is said of an example holds for
+      each ball.
     random_start: start at a uniform point of the ball.
     start_from_clean: with a random start, the probability of starting at the
-      clean input all the same, one coin for the batch and start.
-    restarts: climb from as many random starts, and keep for each example the
-      end where its loss is highest (with `targets`, lowest), for one forward
-      pass more of each. It needs the loss of each example: with `has_branch`,
-      let `loss_fn` return an array (batch,) for the branch 'attack' in place of
-      the mean. With batch statistics the losses are those among the ends of one
-      start.
+      clean input instead. Each start draws once for the whole batch.
+    restarts: the number of random starts. Each example keeps the end where its
+      loss is highest (with `targets`, lowest). Each start takes one more forward
+      pass, and needs the loss of each example: with `has_branch`, let `loss_fn`
+      return an array (batch,) for the branch 'attack' instead of the mean. With
+      batch statistics the losses are those among the ends of one start.
     bounds: `(low, high)` of a valid input, each like `epsilon`; the result
       never leaves them, even where the clean input is outside by more than the
-      ball. In a short dtype they are rounded inwards.
+      radius. In a short dtype they are rounded inwards.
     targets: `targets(key, batch)` returns the batch with target labels.
 
   Returns:
     An `Attack`. Its result has the shape and dtype of the input, which must be
-    floating. Where the input's dtype is short, rounding goes towards the clean
-    input, so that the ball holds; an `epsilon` below its resolution vanishes.
+    floating. In a short dtype the result is rounded towards the clean input, so
+    that it stays in the ball; an `epsilon` below the resolution vanishes.
 
   Raises:
-    TypeError: for a function, a schedule say, in place of a number, `steps` or
-      `bounds` of another type, or `restarts` with a loss that is a mean.
+    TypeError: for a function, such as a schedule, in place of a number, `steps`
+      or `bounds` of another type, or `restarts` with a loss that is a mean.
     ValueError: for a negative radius or step, `bounds` that are no pair or have
       low above high, fewer than one step, an unknown norm, a probability
       outside [0, 1], several restarts without a random start, an array that

@@ -67,8 +67,8 @@ def absa(
 ) -> BatchController:
   r"""Adaptive batch size, driven by the largest eigenvalue of the Hessian.
 
-  With the eigenvalue :math:`\lambda` of an evaluation, one an epoch say, and
-  the first of them as reference :math:`\lambda_0`,
+  Each evaluation, one an epoch say, gives an eigenvalue :math:`\lambda`. The
+  first is the reference :math:`\lambda_0`, and
 
   .. math::
 
@@ -82,30 +82,31 @@ def absa(
   and the rate as arrays, and finishes the step that it is in before either
   changes.
 
-  The adversarial part: `perturb` the first share :math:`\gamma` of each of the
-  first `attacked` micro-batches of a step. That is their initial number, so
-  the share of the whole batch falls by itself as the batch grows. The paper
-  takes `fgsm` with epsilon 0.005 and :math:`\gamma = 0.2`. It is over at the
-  largest batch, and after `adversarial_evaluations`.
+  For the adversarial part, `perturb` the first share :math:`\gamma` of each of
+  the first `attacked` micro-batches of a step. `attacked` stays the initial
+  number of micro-batches, so the attacked share of the whole batch falls as the
+  batch grows. The paper takes `fgsm` with epsilon 0.005 and
+  :math:`\gamma = 0.2`. The adversary is off at the largest batch, and after
+  `adversarial_evaluations`.
 
   Args:
     max_micro_batches: :math:`m_{\max}`, the micro-batches of the largest batch.
     micro_batches: the micro-batches to start with.
-    growth: :math:`g`, by what the batch is multiplied.
+    growth: :math:`g`, the factor that the batch is multiplied by.
     shrink: :math:`s`, the share of the reference that the eigenvalue must have
       fallen to. None: the eigenvalue never makes the batch grow.
     patience: :math:`p`, the evaluations without growth after which the batch
-      grows all the same. None: it never does for that.
-    adversarial_evaluations: the evaluations after which the adversary is off;
-      half of the epochs, with an evaluation in each, is the paper's. None:
-      only the largest batch ends it.
+      grows all the same. None: only the eigenvalue makes it grow.
+    adversarial_evaluations: the evaluations after which the adversary is off.
+      The paper takes half of the epochs, with an evaluation in each. None: only
+      the largest batch turns it off.
 
   Returns:
     A `BatchController`. Take for `eigenvalue` the algebraically largest one
     (`hessian.top_eigenpairs`) on one fixed batch, with the model in evaluation
-    mode. One that is negative, zero or not finite says nothing about a flatter
-    loss: it is never compared and never becomes the reference, but the
-    evaluation counts. With `shrink` and `patience` None and no adversarial
+    mode. An eigenvalue that is negative, zero or not finite says nothing about
+    a flatter loss: it is never compared and never becomes the reference, but
+    the evaluation counts. With `shrink` and `patience` None and no adversarial
     evaluations it is plain training.
 
   Raises:

@@ -74,24 +74,24 @@ def noise_scale(
     B_{\text{simple}} = \overline{S} \,/\, \overline{|G|^2}
 
   A batch far below :math:`B_{\text{simple}}` can grow by some factor and need
-  as many times fewer steps; far above it, more examples a step gain little. It
-  grows as the loss falls. Groups are devices of `data_parallel` or
-  micro-batches of `accumulate`, with `second_moment=True`.
+  as many times fewer steps; far above it, more examples a step gain little.
+  :math:`B_{\text{simple}}` grows as the loss falls. Groups are devices of
+  `data_parallel` or micro-batches of `accumulate`, with `second_moment=True`.
 
   Args:
     batch_size: :math:`B`, the examples of one whole step, over all groups.
     groups: :math:`K`, how many gradients the second moment is the mean of, at
       least 2: devices or micro-batches, or the product of both where
       `data_parallel` averages the second moment of an `accumulate` within it.
-    decay: of the exponential averages, in [0, 1). 0 is the last step alone,
+    decay: of the exponential averages, in [0, 1). 0 keeps only the last step,
       which is very noisy.
 
   Returns:
     A `NoiseScale`. The noise scale is `inf` where the average of :math:`|G|^2`
-    is not positive, that is, where the gradient is lost in the noise: average
-    longer. It is `nan` where both averages are 0, as before the first step. A
-    step whose gradients, or their squares, are not finite is left out: the
-    averages stay what they were.
+    is not positive, that is, where the gradient is lost in the noise: take a
+    larger `decay`. It is `nan` where both averages are 0, as before the first
+    step. A step whose gradients, or their squares, are not finite is left out:
+    the averages stay what they were.
 
   Raises:
     TypeError: for a number of things that is not an int, a function for the

@@ -38,7 +38,7 @@ class OverfittingGuard(NamedTuple):
   Attributes:
     init: `init(tree)` returns the state before training.
     update: `update(robust_accuracy, state, tree)` returns `(tree, state)`: the
-      tree as given, or once it is tripped the one that was kept.
+      tree as given or, once the guard has tripped, the tree that was kept.
   """
 
   init: Callable[[Any], OverfittingGuardState]
@@ -51,8 +51,8 @@ class OverfittingGuard(NamedTuple):
 def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
   r"""Stops and restores when robustness is lost within an epoch.
 
-  Training with a single-step attack can end, within an epoch, in a model that
-  withstands this attack alone. The sign is a sudden fall of the accuracy
+  Training with a single-step attack can turn, within an epoch, into a model
+  that withstands only this attack. The sign is a sudden fall of the accuracy
   :math:`a_e` under a stronger attack, measured after epoch :math:`e`:
 
   .. math::
@@ -67,7 +67,7 @@ def overfitting_guard(*, max_drop: ArrayLike = 0.2) -> OverfittingGuard:
   attack=fast_fgsm(epsilon), weights={'main': 0., 'adversarial': 1.})`.
 
   Args:
-    max_drop: the largest fall of the accuracy that is let pass, in [0, 1].
+    max_drop: the largest fall of the accuracy that does not trip, in [0, 1].
 
   Returns:
     An `OverfittingGuard`. The tree is any pytree of arrays that is to be

@@ -40,25 +40,27 @@ def operator(
     \right), \qquad L = \frac{\sum_{i=1}^{m} d_i L_i}{\sum_{i=1}^{m} d_i}
 
   over :math:`m` micro-batches of weight :math:`d_i`, 1 without a `denominator`,
-  by forward- over reverse-mode differentiation: the price of about two
-  gradients for a product.
+  by forward- over reverse-mode differentiation. A product costs about two
+  gradients.
 
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.
     params: the point :math:`\theta`, any pytree of floating arrays.
     batch: a pytree of arrays with a leading batch axis.
     micro_batches: number of parts that the batch is gone through in; it must
-      divide the batch. Part i holds the examples i, i + m, ... A loss whose
-      batch statistics are in training mode sees those of a part.
+      divide the batch. Part i holds the examples i, i + m, ... A loss with
+      batch statistics in training mode sees those of a part.
     denominator: what the loss is a mean of, where that is not every example
       alike: `denominator(batch)` is the scalar that the batch's loss was
-      divided by, `lambda batch: batch['mask'].sum()`. A part of 0 adds nothing.
+      divided by, `lambda batch: batch['mask'].sum()`. A part with 0 adds
+      nothing.
 
   Returns:
     A function of a float32 pytree like `params` that returns another. The loss
     runs in the dtype of the parameters; sums are float32. In bfloat16 a product
     has two to three digits: pass the parameters in float32 for more. For
-    float16 the loss is scaled by about the root of the batch, and back.
+    float16 the loss is scaled by about the root of the batch, and the result
+    is scaled back.
 
   Raises:
     TypeError: for parameters that are not floating (split complex ones into
@@ -110,9 +112,9 @@ def input_operator(
 
     v \mapsto \nabla_x \left( \nabla_x L(x) \cdot v \right)
 
-  for all inputs of the batch together. Where examples do not meet in the loss
-  it is block-diagonal, and as `L` is a mean, the block of an example is its own
-  Hessian over the size of the batch.
+  for all inputs of the batch together. Where examples do not meet in the loss,
+  the Hessian is block-diagonal. As `L` is a mean, the block of an example is
+  the example's own Hessian divided by the size of the batch.
 
   Args:
     loss_fn: as for `operator`.

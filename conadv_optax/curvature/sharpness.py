@@ -52,29 +52,29 @@ def sharpness(
     \phi = \frac{\max_{\|\delta\|_2 \le \rho} L(\theta + \delta) - L(\theta)}
     {1 + |L(\theta)|}
 
-  The ascent starts on the sphere, along the gradient and a tenth of a random
-  direction (which is all there is at a minimum), and goes along the normalised
-  gradient, by :math:`\rho` in the first step and linearly less in each that
-  follows. What it finds is a lower bound of the maximum, closer with more
+  The ascent starts on the sphere, along the gradient plus a tenth of a random
+  direction (at a minimum there is nothing else). It follows the normalised
+  gradient, by :math:`\rho` in the first step and linearly less in each later
+  one. What it finds is a lower bound of the maximum, and closer with more
   steps: where the gradient is nearly across the steepest curvature, the default
   number can stop a tenth below.
 
-  The paper takes a box around each weight where this takes one ball for all of
-  them. Functions with rectifiers can be rescaled without a change of their
-  output; their sharpness changes. Compare it between runs of one model, at a
-  radius in proportion to the norm of the parameters.
+  The paper takes a box around each weight; this takes one ball for all weights.
+  A net with rectifiers can be rescaled without a change of its output, but its
+  sharpness changes. So compare sharpness between runs of one model, at a radius
+  in proportion to the norm of the parameters.
 
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.
       A model with statistics goes in as a closure, in evaluation mode.
     params: the point :math:`\theta`, any pytree of floating arrays.
     batch: a pytree of arrays with a leading batch axis.
-    radius: :math:`\rho`, in the units of the parameters; over all leaves
-      together. May be traced.
+    radius: :math:`\rho`, in the units of the parameters, over all leaves
+      together. It may be traced.
     key: draws the random direction of the start.
     steps: number of steps; each takes the gradient of the whole batch.
     micro_batches: number of parts that the batch is gone through in; it must
-      divide the batch. Memory is that of one.
+      divide the batch. Memory is that of one part.
     denominator: what the loss is a mean of, as for `hessian.operator`:
       `lambda batch: batch['mask'].sum()`.
 

@@ -75,7 +75,7 @@ def top_eigenpairs(
 
   Each iteration is one product, as in power iteration, and the first value is
   never below that of power iteration from the same start. Negative eigenvalues
-  are the smallest here, however large in size; for them pass the negated
+  count as the smallest, however large in size. To find these, pass the negated
   operator, `lambda v: jax.tree.map(jnp.negative, matvec(v))`. The basis takes
   the memory of `iterations` vectors.
 
@@ -84,12 +84,12 @@ def top_eigenpairs(
     like: a pytree of the shapes of the vectors: the parameters, say.
     n: number of eigenpairs.
     key: draws the start.
-    iterations: number of products, at least `n`; not more are made than there
-      are dimensions, where the result is exact but for rounding.
+    iterations: number of products, at least `n`. No more are made than there
+      are dimensions; with as many the result is exact but for rounding.
 
   Returns:
-    `Eigenpairs`. Of a zero matrix the values are 0. Of a repeated eigenvalue a
-    second copy is found only when the iteration runs out of other vectors.
+    `Eigenpairs`. The values of a zero matrix are 0. A second copy of a repeated
+    eigenvalue is found only when the iteration runs out of other vectors.
 
   Raises:
     TypeError: for vectors that are not floating.
@@ -209,15 +209,15 @@ def spectral_density(
     \omega_{ij} = (e_1^\top y_{ij})^2
 
   for the eigenpairs :math:`(\theta_{ij}, y_{ij})` of the tridiagonal matrix
-  of :math:`k` Lanczos steps from a start in :math:`\{-1, 1\}^d`. Of one start
-  the moments up to :math:`2k - 1` are exact. The basis takes the memory of
-  `degree` vectors; the probes come one after the other.
+  of :math:`k` Lanczos steps from a start in :math:`\{-1, 1\}^d`. The moments
+  of one start are exact up to :math:`2k - 1`. The basis takes the memory of
+  `degree` vectors; the probes run one after the other.
 
   Args:
     matvec: the matrix, symmetric, as a function of a float32 pytree.
     like: a pytree of the shapes of the vectors.
     key: draws the starts.
-    degree: number of products of a probe, :math:`k`; not more are made than
+    degree: number of products of a probe, :math:`k`. No more are made than
       there are dimensions.
     probes: number of starts, :math:`p`.
 
@@ -274,7 +274,7 @@ def smoothed_density(
     spectrum: what `spectral_density` returned.
     grid: float32[g], where to evaluate the density.
     variance: :math:`\sigma^2`. None: :math:`10^{-5} \max(1, \theta_{\max} -
-      \theta_{\min})`. Let the grid be finer than :math:`\sigma`.
+      \theta_{\min})`. The grid must be finer than :math:`\sigma`.
 
   Returns:
     float32[g], the density; its integral over the line is 1.

@@ -35,15 +35,15 @@ def accumulate(
     g = \frac1K \sum_{k=1}^{K} g_k
 
   where :math:`g_k` is the gradient on the k-th of `micro_batches` = :math:`K`
-  parts of the batch, its examples :math:`k, k + K, k + 2K, \ldots`, so that a
-  batch which is spread over devices stays where it is. One device then does
-  what `data_parallel` does on as many devices: BatchNorm's groups are the
-  micro-batches, each of which folds its number into the key and starts from the
-  same model state. It takes as many times longer, and the memory of one
-  micro-batch beside batch and queue.
+  parts of the batch. Part k holds the examples :math:`k, k + K, k + 2K,
+  \ldots`, so a batch that is spread over devices stays where it is. One device
+  then does what `data_parallel` does on as many devices: BatchNorm's groups are
+  the micro-batches, each of which folds its number into the key and starts from
+  the same model state. It takes :math:`K` times as long, and needs the
+  memory of one micro-batch beside batch and queue.
 
-  With both, `data_parallel(accumulate(grad_fn, micro_batches), mesh)` reduces
-  once a step over the devices.
+  `data_parallel(accumulate(grad_fn, micro_batches), mesh)` does both, and
+  reduces once a step over the devices.
 
   Args:
     grad_fn: what `conadv.wrap` returned, say, or a loss function as for
@@ -62,7 +62,7 @@ def accumulate(
     TypeError: for a number that is not an int, or a `grad_fn` that is no
       function.
     ValueError: for a number below 1, a leaf of a batch that does not divide
-      evenly, or a second moment that is asked for twice.
+      evenly, or a second moment that both wrappers are asked for.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp

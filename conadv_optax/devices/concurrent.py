@@ -43,9 +43,9 @@ def concurrent(
   :math:`t_\text{train}` the time of the training passes on one share of the
   batch and :math:`t_\text{attack}` that of the attack pass on it. Where an
   attack pass costs a third of the training passes, three trainers and one
-  attacker are all busy, and a step takes three quarters of the time that
-  `data_parallel` needs at the same share: as many examples a second on the same
-  devices, in smaller and faster steps.
+  attacker are all busy. A step then takes three quarters of the time that
+  `data_parallel` needs at the same share. The same devices train on as many
+  examples a second, in smaller and faster steps.
 
   The last :math:`A` devices along `role_axis` craft and do not train; the
   others train and do not craft. Each trainer has a share of the batch, which is
@@ -54,15 +54,15 @@ def concurrent(
   each to its trainer. The results are those of `data_parallel` on as many
   devices as there are trainers, within rounding.
 
-  A loss may talk to other devices over `data_axis`, along which all have one
-  role, and not over `role_axis`, along which some do not train.
+  A loss may talk to other devices over `data_axis`, along which all have the
+  same role, but not over `role_axis`, along which some do not train.
 
   The calls keep their form. In a step the adversarial inputs travel once, from
   the attacker to the trainer that will train on them, and gradients are summed
   over all devices. The clean batch does not travel between devices when it is
   placed where it is needed, split over `data_axis` alone:
-  `jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))`. Split
-  over both axes it takes fewer bytes from the host, and each row then gathers
+  `jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))`. If it is
+  split over both axes, the host sends fewer bytes, and each row then gathers
   its part. Put the parameters on all devices before the first step,
   `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))`, or the second
   step compiles again.
@@ -71,8 +71,8 @@ def concurrent(
     grad_fn: what `conadv.wrap` returned, with a staleness of at least 1 and
       without `reuse_gradient`.
     mesh: the devices, with these two axes and no other.
-    data_axis: the axis of `mesh` whose rows work apart until the gradients are
-      summed. It may have length 1.
+    data_axis: the axis of `mesh` along which rows work apart until the
+      gradients are summed. It may have length 1.
     role_axis: the axis that trainers and attackers share.
     attackers: how many devices of each row craft.
 
@@ -84,8 +84,8 @@ def concurrent(
 
   Raises:
     TypeError: when `grad_fn` is no `GradientFunction`.
-    ValueError: when the mesh has other axes, a row has no attacker or more of
-      them than trainers, `grad_fn` has no attack pass of its own or no
+    ValueError: when the mesh has other axes, a row has no attacker or more
+      attackers than trainers, `grad_fn` has no attack pass of its own or no
       staleness, a leaf of a batch does not divide evenly over the trainers, or
       the loss talks to attackers.
 

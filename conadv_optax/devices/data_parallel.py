@@ -36,14 +36,14 @@ def data_parallel(
 
     g = \frac1K \sum_{k=1}^{K} g_k
 
-  where device :math:`k` sees its shard alone, so that BatchNorm's groups are
-  the shards. Under plain `jit` a sharded batch works too, and BatchNorm is then
-  over the whole of it.
+  where device :math:`k` sees only its shard, so BatchNorm's groups are the
+  shards. Under plain `jit` a sharded batch works too, and BatchNorm's group is
+  then the whole batch.
 
   A loss may talk to the other devices over `axis`: with
   `nn.BatchNorm(axis_name='data')` statistics are those of the whole batch.
-  Losses that are means over a mask are averaged with the `denominator` that
-  `wrap` was given for weight.
+  Losses that are means over a mask are weighted by the `denominator` that
+  `wrap` was given.
 
   The calls keep their form. Every leaf of a batch is split along its leading
   axis; the queue is split like the batch, and parameters and model state are
@@ -57,11 +57,11 @@ def data_parallel(
       `plain`.
     mesh: the devices.
     axis: the axis of `mesh` that the batch is split over, or a tuple of axes.
-      Parameters may be spread over the other axes of the mesh. Those that are
-      spread over an axis of the batch are put together on each device, and
+      Parameters may be spread over the other axes of the mesh. Parameters that
+      are spread over an axis of the batch are put together on each device, and
       their gradients come back whole.
-    second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too,
-      which is sent like the gradient, and doubles that traffic.
+    second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too. It
+      is sent like the gradient, so twice as much is sent.
 
   Returns:
     A `GradientFunction`. Losses, gradients and the floating leaves of the model
@@ -74,7 +74,7 @@ def data_parallel(
   Raises:
     TypeError: for a `grad_fn` that is no function.
     ValueError: when the mesh has no such axis, a leaf of a batch does not
-      divide evenly over it, or the second moment is asked for twice.
+      divide evenly over it, or both wrappers are asked for the second moment.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp

@@ -37,12 +37,12 @@ class Diffusion(NamedTuple):
   parameters, gradients, states, losses and aux.
 
   Attributes:
-    spread: `spread(tree)`, the tree of one agent for all.
+    spread: `spread(tree)` copies the tree of one agent to all agents.
     init: as that of a `GradientFunction`.
     value_and_grad: likewise; nothing is averaged.
     staleness: how many batches `init` wants.
-    combine: `combine(tree)`, for each agent the weighted sum over itself and
-      its neighbours.
+    combine: `combine(tree)` returns for each agent the weighted sum over itself
+      and its neighbours.
   """
 
   spread: Callable[[Any], Any]
@@ -67,14 +67,14 @@ def diffusion(
     w_k \leftarrow \sum_l a_{lk}\, \phi_l
 
   where :math:`B_k` is agent :math:`k`'s share of the batch, clean and
-  adversarial, attacked with its own parameters, and :math:`A` a doubly
+  adversarial, attacked with the agent's own parameters. :math:`A` is a doubly
   stochastic matrix that is zero between agents that are no neighbours. Along
   each edge the parameters travel once a step, in float32 or wider; nothing is
   summed over all devices. The paper trains on the adversarial examples alone:
   `wrap` with a staleness of 0 and `weights={'main': 0., 'adversarial': 1.}`.
 
-  An optimizer with norms, LARS say, must see one agent at a time, and so do all
-  under `jax.vmap`: `jax.vmap(tx.init)(params)` and
+  An optimizer with norms, LARS say, must see one agent at a time. Run any
+  optimizer under `jax.vmap`: `jax.vmap(tx.init)(params)` and
   `jax.vmap(tx.update)(grads, opt_state, params)`.
 
   Reductions: with :math:`a_{lk} = 1/K` and plain gradient descent it is
@@ -84,7 +84,7 @@ def diffusion(
     grad_fn: what `wrap` returned, say, or a loss function as for `plain`.
     mesh: the devices.
     weights: :math:`A`, (agents, agents), concrete: not negative, with rows and
-      columns that sum to 1. `metropolis_weights` makes it of a graph.
+      columns that sum to 1. `metropolis_weights` makes it from a graph.
     axis: the axis of `mesh` along which each device is an agent.
 
   Returns:

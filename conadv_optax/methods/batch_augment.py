@@ -34,9 +34,9 @@ def batch_augment(
     g = \frac{1}{M B} \sum_{i=1}^{M} \sum_{n=1}^{B}
       \nabla_\theta L(\theta; T_i(x_n), y_n)
 
-  is the gradient on the batch that is returned, of :math:`M` = `copies` copies
-  of :math:`B` examples, each example of each copy augmented with a key of its
-  own. Rate and steps per epoch stay those of the batch of :math:`B`.
+  is the gradient on the returned batch, which has :math:`M` = `copies` copies
+  of :math:`B` examples. Each copy of each example is augmented with a key of
+  its own. Rate and steps per epoch stay those of the batch of :math:`B`.
 
   The copies of an example lie side by side: copy :math:`i` of example :math:`n`
   has the index :math:`n M + i`. So a batch that is spread over devices stays
@@ -46,8 +46,8 @@ def batch_augment(
     memory of one: micro-batch :math:`i`, a BatchNorm group, is copy :math:`i`.
   - `conadv.data_parallel(grad_fn, mesh)` makes a group of each device, which
     holds every copy of its own examples.
-  - `conadv.data_parallel(conadv.accumulate(grad_fn, copies), mesh)` is both,
-    with groups of one copy of a device's examples, none twice.
+  - `conadv.data_parallel(conadv.accumulate(grad_fn, copies), mesh)` does both:
+    a group is one copy of a device's examples, and has none of them twice.
 
   Args:
     augment_fn: `augment_fn(key, example)` returns the augmented example: a
@@ -61,8 +61,8 @@ def batch_augment(
   Raises:
     TypeError: for an `augment_fn` that is no function, or `copies` that are no
       int.
-    ValueError: for `copies` below 1, or when it is called on leaves that do not
-      share a leading axis.
+    ValueError: for `copies` below 1, or a call on leaves that do not share a
+      leading axis.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp

@@ -62,14 +62,14 @@ def extrapolate(
 
     g_t = \nabla L(w_t - \hat\gamma d_t), \qquad w_{t+1} = w_t - \gamma g_t
 
-  where the second half is the optimizer's, which knows of the first no more
-  than its gradient. Each group, a device of `data_parallel` or a micro-batch of
+  where the second half is the optimizer's, which knows only the gradient of the
+  first. Each group, a device of `data_parallel` or a micro-batch of
   `accumulate`, goes ahead in a direction :math:`d_t` of its own:
 
   - 'past': its gradient :math:`g_{t-1}`, 0 at first. One gradient a step.
   - 'current': its gradient at :math:`w_t` on the same batch with the same key.
     Two gradients a step: extragradient.
-  - 'noise': standard normal, so that :math:`\hat\gamma` is its deviation.
+  - 'noise': standard normal, so :math:`\hat\gamma` is the noise's deviation.
 
   With an Optax transformation :math:`U` in place of the rate, the group goes
   where its next step would lead if the gradient were :math:`d_t`:
@@ -78,19 +78,19 @@ def extrapolate(
 
     g_t = \nabla L(w_t + U(d_t; s_t)), \qquad s_{t+1} = U'(g_t; s_t)
 
-  where the state :math:`s_t` has seen the group's own gradients. The momentum
-  form is `optax.sgd(rate, momentum)`, the Adam form `optax.adam(rate)`; a rate
-  alone is `optax.sgd(rate)`. The formulas with a state are this library's.
+  where the state :math:`s_t` has seen only the group's own gradients. The
+  momentum form is `optax.sgd(rate, momentum)`, the Adam form
+  `optax.adam(rate)`; a rate alone is `optax.sgd(rate)`. The formulas with a
+  state are this library's.
 
-  The optimizer's own momentum :math:`v_t`, the same for all groups, enters
-  where the gradient is asked for: pass :math:`w_t + \mu v_t` to
-  `value_and_grad`, :math:`w_t` to the optimizer, and the gradient is taken at
+  To use the optimizer's own momentum :math:`v_t` too, the same for all groups,
+  pass :math:`w_t + \mu v_t` to `value_and_grad` and :math:`w_t` to the
+  optimizer. The gradient is then taken at
   :math:`w_t + \mu v_t - \hat\gamma d_t`.
 
   Without groups, 'past' with a rate needs no gradient function:
   `optax.optimistic_gradient_descent(rate, alpha=1., beta=ahead / rate)` makes
-  the same steps (but for the first), of which its parameters are the points
-  ahead.
+  the same steps, except the first. Its parameters are the points ahead.
 
   Loss, aux, batch statistics and the state inside are those of the pass ahead.
 

@@ -70,22 +70,22 @@ def fast_advprop(
   where :math:`u` is the attack's random start, if it has one. Where parameters
   and model state are `dual_bn.Branched`, :math:`A` goes through the norm layers
   of the adversarial branch, and each norm layer's gradient is divided by the
-  number of examples that went through it in place of the whole batch.
+  number of examples that went through that layer, not by the whole batch.
 
   A step costs :math:`|C| + 2 |A|` passes over an example: 1.2 plain steps with
   the published split of 4 to 1, for which 105 epochs become 88. The attack must
   take one gradient, and no targets, because training on wrong labels would not
-  help: the published one is `pgd` with one step of 1/255 of the pixels' range,
-  and a random start.
+  help. The published attack is `pgd` with one step of 1/255 of the pixels'
+  range, and a random start.
 
-  What it shares with `wrap(loss_fn, 0, adversarial_fraction=0.2)` is that a
-  part of the batch is attacked. There the part is trained on clean as well, and
-  the gradient of the attack is thrown away. As there, each branch's statistics
-  are updated once a step, by its last pass.
+  `wrap(loss_fn, 0, adversarial_fraction=0.2)` attacks a part of the batch too,
+  but trains on that part clean as well, and throws the gradient of the attack
+  away. In both, each branch's statistics are updated once a step, by its last
+  pass.
 
-  An untargeted one-step attack leaks labels through the statistics of the very
-  batch that it was made for; the authors' code shuffles the adversarial
-  examples among devices against that, which `data_parallel` does not.
+  An untargeted one-step attack leaks labels through the statistics of the batch
+  that it was made for. Against this the authors' code shuffles the adversarial
+  examples among devices, which `data_parallel` does not.
 
   Reductions: without perturbation, and with a loss that treats each example by
   itself, it is the plain step on the whole batch. `attack_weight=0` trains on

@@ -55,9 +55,9 @@ class SamState(NamedTuple):
     inner: the state of the gradient function inside.
     phase: int32 scalar, the steps since the last sharp gradient, or `()` with
       `every=1`.
-    direction: what a sharp gradient has beside the gradient, like the
-      parameters and at least float32; a `PerGroup` of it without `axis`, and
-      `()` with `every=1`.
+    direction: the part of a sharp gradient that is kept, like the parameters
+      and at least float32; a `PerGroup` of it without `axis`, and `()` with
+      `every=1`.
   """
 
   inner: Any
@@ -86,28 +86,29 @@ def sam(
     g_s = \nabla L\left(w + \rho \frac{g}{\|g\|}\right), \qquad
     \hat g = (1 - a)\, g + a\, g_s
 
-  takes the place of the gradient: SAM with :math:`a = 1`, and with less the
-  penalty of the gradient norm, whose loss is
+  takes the place of the gradient. :math:`a = 1` is SAM. A smaller :math:`a` is
+  the penalty of the gradient norm, whose loss is
   :math:`L + a \rho \|\nabla L\|` to first order in :math:`\rho`.
 
   LookSAM, `every` = :math:`k > 1`, takes :math:`g_s` at each k-th step from the
-  first on, and keeps the part of it that is orthogonal to the gradient. The
-  steps between cost one gradient, and use
+  first on, and keeps the part of it that is orthogonal to the gradient. Each
+  step in between costs one gradient, and uses
 
   .. math::
 
     g_v = g_s - \frac{\langle g_s, g \rangle}{\|g\|^2}\, g, \qquad
     g_s \approx g + \alpha \frac{\|g\|}{\|g_v\|}\, g_v
 
-  Where :math:`g_s` is along :math:`g` but for rounding, nothing is kept. Both
-  gradients are of the same batch with the same key. Loss, aux, batch
-  statistics and the state inside are those of the first, at :math:`w`, so that
+  Where :math:`g_s` is parallel to :math:`g` but for rounding, nothing is kept.
+  Both gradients are of the same batch with the same key. Loss, aux, batch
+  statistics and the state inside are those of the first, at :math:`w`, so
   statistics move once a step. A gradient of zero perturbs nothing, and
-  :math:`\rho = 0` gives the gradient itself. The aux has no second moment of
-  what is inside, whose gradients are others: ask the `data_parallel` or
-  `accumulate` outside for it.
+  :math:`\rho = 0` gives the gradient itself. The aux has no second moment from
+  inside, as that is of other gradients: ask the `data_parallel` or `accumulate`
+  outside for it.
 
-  The point may be another one, :math:`w + \rho\, m \circ d`:
+  The second gradient may be taken at another point,
+  :math:`w + \rho\, m \circ d`:
 
   .. math::
 
@@ -117,12 +118,12 @@ def sam(
 
   'layer' moves each leaf in proportion to its own norm, as LARS does, and all
   of them together by :math:`\rho` (the sum is over leaves with a gradient).
-  With `every` that is Look-LayerSAM but for the length of the whole, on which
-  public code does not agree: set another by `radius`, which may be traced.
-  'element' is adaptive SAM, without the constant that its authors add to
-  :math:`|w|`. In both, weights of zero stay. Sparse SAM has a mask :math:`m`, 1
-  where a parameter moves; the norm is that of the whole gradient. Dense code
-  gets no faster by it. `sparse_sam` finds a mask while training.
+  With `every` this is Look-LayerSAM, except for the length of the whole move,
+  on which public code does not agree: set another by `radius`, which may be
+  traced. 'element' is adaptive SAM, without the constant that its authors add
+  to :math:`|w|`. In both, weights of zero stay. Sparse SAM has a mask
+  :math:`m`, 1 where a parameter moves; the norm is that of the whole gradient.
+  A mask makes dense code no faster. `sparse_sam` finds a mask while training.
 
   GSAM subtracts the part of the gradient that is orthogonal to the second one:
 
@@ -132,10 +133,10 @@ def sam(
       g - \frac{\langle g, g_s \rangle}{\|g_s\|^2}\, g_s \right)
 
   Keep parameters in float32. In bfloat16 neighbouring numbers are 0.4 to 0.8 %
-  apart, and a move of less than half of that is lost: of ten million weights of
-  deviation 0.02 at a radius of 0.05, 18 % move, and all together 0.43 as far as
-  they should. The model may compute in bfloat16 all the same. Weights that it
-  rounds move by a whole step or not at all, and together 1.00 as far.
+  apart, and a move of less than half of that is lost. Of ten million weights of
+  deviation 0.02 at a radius of 0.05 only 18 % move, and all together 0.43 times
+  as far as they should. The model may still compute in bfloat16: weights that
+  it rounds move by a whole step or not at all, and together 1.00 times as far.
 
   Args:
     grad_fn: what `conadv.wrap` returned, say, or a loss function as for
@@ -151,10 +152,10 @@ def sam(
       `conadv.exclude_norm_and_bias` fits. None perturbs all.
     gap_weight: :math:`\alpha_g` of GSAM. None subtracts nothing.
     axis: the axis of the mesh whose devices perturb together, by the mean of
-      their gradients, which is sent once more for that (twice with
-      `every > 1`); inside `data_parallel` over that axis. None: each device,
-      and each micro-batch of an `accumulate` outside, perturbs by its own.
-      With `axis`, put `accumulate` inside: its micro-batches do so together.
+      their gradients, inside `data_parallel` over that axis. The gradient is
+      sent once more for this (twice with `every > 1`). None: each device, and
+      each micro-batch of an `accumulate` outside, perturbs by its own gradient.
+      With `axis`, put `accumulate` inside: its micro-batches perturb together.
 
   Returns:
     A `GradientFunction` with the staleness of `grad_fn`, whose gradients have

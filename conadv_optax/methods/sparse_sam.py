@@ -88,30 +88,30 @@ def sparse_sam(
 
   - 'fisher', SSAM-F: where the empirical Fisher information is largest, the sum
     of the squared gradients of single examples, :math:`\sum_i g_i^2`.
-  - 'dynamic', SSAM-D: of a random mask at first, the share :math:`r_t` where
-    :math:`|g|` is smallest is dropped, and as many are grown where the mask was
-    0, at random. No more are dropped than can be grown.
+  - 'dynamic', SSAM-D: the mask is random at first. Then it drops the share
+    :math:`r_t` where :math:`|g|` is smallest, and grows as many at random where
+    it was 0. It drops no more than it can grow.
 
-  With :math:`s = 0` it is `sam`. Dense code gets no faster by a mask: the
-  second gradient is a whole one. A mask that never changes needs no state:
+  With :math:`s = 0` it is `sam`. A mask makes dense code no faster: the second
+  gradient is a whole one. A mask that never changes needs no state:
   `conadv.sam(grad_fn, radius, mask=...)`.
 
   Args:
     grad_fn: what `conadv.wrap` returned, say, or a loss function as for
       `plain`.
     radius: :math:`\rho`, a float or a scalar array.
-    refresh_every: n, the steps from one mask to the next: the paper's is an
-      epoch or five.
+    refresh_every: n, the steps from one mask to the next. The paper takes one
+      epoch, or five.
     sparsity: :math:`s`, from 0 to 1, static.
     rule: 'fisher' or 'dynamic'.
-    num_samples: of 'fisher': of how many examples, the first of the batch, the
-      gradient is taken, one after the other. None: of all.
-    fisher: of 'fisher': what their gradients are of, a loss function or a
-      gradient function of staleness 0, given the same parameters and model
-      state. None is `grad_fn`, where it has no parts that one example cannot be
-      split into. Of one example batch statistics say little: pass a loss in
+    num_samples: for 'fisher': the number of examples, the first of the batch,
+      whose gradients are taken, one after the other. None: all.
+    fisher: for 'fisher': the loss function, or the gradient function of
+      staleness 0, that gives these gradients, from the same parameters and
+      model state. None is `grad_fn`, which must then not split a batch into
+      parts. Batch statistics of one example say little: pass a loss in
       evaluation mode.
-    drop_rate: of 'dynamic': :math:`r_t`, from 0 to 1, or a schedule of the
+    drop_rate: for 'dynamic': :math:`r_t`, from 0 to 1, or a schedule of the
       steps so far. The paper's is
       `optax.cosine_decay_schedule(0.5, total_steps)`.
     axis: the axis of the mesh whose devices perturb together and have one mask,

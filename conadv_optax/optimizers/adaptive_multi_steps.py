@@ -1,4 +1,4 @@
-"""One optimizer step for several gradients, their number an argument."""
+"""One optimizer step for several gradients, whose number is an argument."""
 
 from typing import Any, NamedTuple
 
@@ -46,11 +46,11 @@ def adaptive_multi_steps(
     u = c \cdot \mathrm{update}\left(\frac1m \sum_{i=1}^{m} g_i\right)
 
   after every :math:`m` calls, and zero updates in between. It is
-  `optax.MultiSteps` with the number of calls as an argument, an array, so that
-  nothing is compiled anew when a controller changes it. :math:`m` and :math:`c`
-  are read at the first micro-batch of a step and hold until its last: a change
-  in between, at the end of an epoch say, waits for the next step, and no
-  gradient is lost nor counted in two batches.
+  `optax.MultiSteps` with the number of calls as an argument, an array, so
+  nothing is compiled anew when a controller changes the number. :math:`m` and
+  :math:`c` are read at the first micro-batch of a step and hold until its last.
+  A change in between, at the end of an epoch say, waits for the next step, and
+  no gradient is lost or counted in two batches.
 
   Args:
     optimizer: any Optax optimizer.
@@ -58,9 +58,9 @@ def adaptive_multi_steps(
   Returns:
     A gradient transformation whose `update` also takes `micro_batches`,
     :math:`m`, an integer scalar of at least 1, and `learning_rate_scale`,
-    :math:`c`, a float scalar; both are 1 if left out, which is the optimizer
-    itself. The scale stands outside any momentum of the optimizer. Other
-    arguments go to the optimizer at the steps.
+    :math:`c`, a float scalar. Both are 1 if left out, which is the optimizer
+    itself. The scale stands outside any momentum of the optimizer. The
+    optimizer gets all other arguments when it steps.
 
   Raises:
     TypeError: in `update`, for `micro_batches` that is no integer, a schedule

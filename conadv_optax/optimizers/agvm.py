@@ -53,7 +53,7 @@ def agvm(
   start: int = 0,
   decay: ArrayLike = 0.97,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Multiplies the updates of each module so that their variances are alike.
+  r"""Scales each module's updates so that their variances are alike.
 
   A detector's backbone, neck and heads have gradients of unlike variance, and
   at large batches one rate does not fit them all. With :math:`g_k` the gradient
@@ -69,12 +69,12 @@ def agvm(
   and the module's updates are multiplied by :math:`\mu`, 1 at first.
 
   The paper splits the workers in two halves and takes :math:`1 - \cos(G_1,
-  G_2)` of their gradients for :math:`\Phi`. :math:`D` is the mean of
-  :math:`|G_1 - G_2|^2 / 4` over all ways to split them evenly, and
-  :math:`\Phi` is that cosine with the mean of :math:`|G_1|^2` and
-  :math:`|G_2|^2` in place of their product's root: less noise, from squares
-  that other methods need as well. It costs no second pass, and one more
-  reduction of the gradient's size.
+  G_2)` of the halves' gradients for :math:`\Phi`. Here :math:`D` is the mean of
+  :math:`|G_1 - G_2|^2 / 4` over all ways to split the workers evenly, and
+  :math:`\Phi` is the paper's with the mean of :math:`|G_1|^2` and
+  :math:`|G_2|^2` in place of the root of their product. This has less noise,
+  and takes squares that other methods need as well. It costs no second pass,
+  and one more reduction of the gradient's size.
 
   The factor stands outside of the optimizer's momentum.
 
@@ -84,11 +84,11 @@ def agvm(
     anchor: the module whose variance the others are brought to, the backbone.
     modules: names of modules, each the beginning of the path of their
       parameters, keys joined by '/': `['backbone', 'head/box']`. A parameter
-      belongs to the first that fits, and to none with a factor of 1. None: the
-      keys at the top of the parameters.
-    every: the factors move at each so many updates.
-    start: the updates before they move at all: the paper waits for 100 after
-      the warm-up.
+      belongs to the first that fits; one that fits none has a factor of 1.
+      None: the keys at the top of the parameters.
+    every: the number of updates from one move of the factors to the next.
+    start: the number of updates before the factors move at all. The paper waits
+      for 100 after the warm-up.
     decay: :math:`d`, in [0, 1].
 
   Returns:

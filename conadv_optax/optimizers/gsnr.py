@@ -36,18 +36,18 @@ def scale_by_gsnr(
       \frac{r}{\overline{r}},\ r_{\min},\ r_{\max} \right)
 
   where :math:`\overline{r}` is the mean of :math:`r` over the layer, that is,
-  over one array of parameters. The division by it makes the variance with
-  :math:`K` and that with :math:`K - 1` in the denominator the same method.
+  over one array of parameters. Because of this division a variance with
+  :math:`K` in the denominator and one with :math:`K - 1` are the same method.
 
   Where the groups agree, so that the variance is zero up to the rounding of the
   gradient's dtype, the ratio is `max_ratio` and does not count in the mean. So
-  with one group, or with equal ones, the gradient is only multiplied by
+  with one group, or with equal groups, the gradient is only multiplied by
   `max_ratio`.
 
-  It stands first in a chain, before what changes the gradient:
+  The transformation stands first in a chain, before what changes the gradient:
   `optax.chain(conadv.scale_by_gsnr(), conadv.lars(...))` is VR-LARS, and with
-  `optax.lamb` in the second place VR-LAMB. The paper takes 8 groups or more:
-  devices of `data_parallel` or micro-batches of `accumulate`.
+  `optax.lamb` in the second place it is VR-LAMB. The paper takes 8 groups or
+  more: devices of `data_parallel` or micro-batches of `accumulate`.
 
   Args:
     min_ratio: :math:`r_{\min}`.
@@ -56,10 +56,10 @@ def scale_by_gsnr(
   Returns:
     A gradient transformation without state. `update` needs `second_moment=`,
     the mean over groups of their squared gradients, real, float32 and of the
-    structure of the gradients. `optax.chain` passes it on;
-    `optax.masked` wants `mask_compatible_extra_args=True`. The result has the
-    dtype of the gradients. `optax.MultiSteps` passes the last second moment
-    alone: use `accumulate`.
+    structure of the gradients. `optax.chain` passes it on; `optax.masked` does
+    so with `mask_compatible_extra_args=True`. `optax.MultiSteps` passes only
+    the last second moment: use `accumulate`. The result has the dtype of the
+    gradients.
 
   Raises:
     TypeError: for a function, a schedule say, in place of a ratio.

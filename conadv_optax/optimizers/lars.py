@@ -73,18 +73,18 @@ def lars(
     v \leftarrow m v + r d,\ w \leftarrow w - \eta v\ \text{('raw')}
 
   :math:`r` is 1 where either norm in it is 0. Leaves outside the mask take
-  plain momentum: :math:`r = 1` and no decay. 'separate' and 'scaled' is the
-  form of MLPerf and of ConAdv; 'joint' and 'scaled', with nothing excluded,
-  is `optax.lars`. The two momenta differ while the learning rate changes.
+  plain momentum: :math:`r = 1` and no decay. 'separate' with 'scaled' is the
+  form of MLPerf and of ConAdv; 'joint' with 'scaled', and nothing excluded, is
+  `optax.lars`. The two momenta differ while the learning rate changes.
 
-  Parameters may be complex. As in Optax, the gradient is taken as it is given:
-  conjugate what `jax.grad` returns, the conjugate of the direction of ascent.
+  Parameters may be complex. As in Optax, the gradient is taken as it is given.
+  `jax.grad` returns the conjugate of the direction of ascent: conjugate it.
 
   Args:
     learning_rate: a float, a scalar array or a schedule.
     weight_decay: coefficient :math:`\lambda`, a float, a scalar array or a
-      schedule. The coefficients after it may be traced, but are no schedules:
-      for these, take `optax.inject_hyperparams`.
+      schedule. The coefficients below may be traced, but cannot be schedules:
+      for that take `optax.inject_hyperparams`.
     momentum: coefficient :math:`m`.
     trust_coefficient: coefficient :math:`c`.
     eps: added to the denominator of the ratio.

@@ -30,15 +30,16 @@ def exclude_norm_and_bias(
 ) -> Any:
   """True for the weights, False for biases and the parameters of norm layers.
 
-  A norm layer's parameters are known by structure where there is one to read:
-  the leaves that `dual_bn.split` gave to another branch, and those that have
-  an entry in `model_state`. Every other leaf goes by rank and name: excluded
-  are the ranks 0 and 1, and at any rank, as in attention or under a scan over
-  layers, what Flax or Haiku call 'bias', 'scale', 'b' or 'offset'. For other
-  names say where the state is, `mask=functools.partial(exclude_norm_and_bias,
-  model_state=state)`, also where `optax.masked` or `optax.multi_transform`
-  takes a branch out as a whole, because then it shows nothing. A weight with
-  such a name, the b of a LoRA say, needs `is_norm_or_bias`.
+  Norm layers are found by structure where there is one to read: their
+  parameters are the leaves that `dual_bn.split` gave to another branch, and
+  those that have an entry in `model_state`. Every other leaf is judged by rank
+  and name. Excluded are the ranks 0 and 1 and, at any rank, what Flax or Haiku
+  call 'bias', 'scale', 'b' or 'offset', as in attention or under a scan over
+  layers. A weight with such a name, the b of a LoRA say, needs
+  `is_norm_or_bias`. For other names pass the state:
+  `mask=functools.partial(exclude_norm_and_bias, model_state=state)`. Do so too
+  where `optax.masked` or `optax.multi_transform` takes a whole branch out,
+  because it then shows nothing.
 
   Args:
     params: parameters, `Branched` or not, arrays of any shape.

@@ -45,8 +45,8 @@ def polynomial_warmup(
 
   Raises:
     TypeError: for a function in place of `peak` or `end`.
-    ValueError: unless `0 <= warmup_steps < total_steps` and `0 <= end <= peak`,
-      where these two can be seen: they may be traced.
+    ValueError: unless `0 <= warmup_steps < total_steps` and `0 <= end <= peak`.
+      `peak` and `end` may be traced, and are then not compared.
 
   Examples:
     >>> import chex
@@ -110,7 +110,7 @@ def legw(
     peak = base\_peak \cdot \sqrt{batch / base\_batch}, \qquad
     warmup\_epochs = base\_warmup\_epochs \cdot batch / base\_batch
 
-  and `polynomial_warmup` with these.
+  The schedule is `polynomial_warmup` with these.
 
   Args:
     base_peak: the largest rate at `base_batch`.

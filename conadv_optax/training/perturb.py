@@ -35,34 +35,34 @@ def perturb(
 
     x_i \leftarrow \hat x_i(\theta) \quad \text{for } i < \lfloor pB \rfloor
 
-  `wrap` trains on adversarial copies beside the clean examples. This is for the
+  `wrap` trains on adversarial copies beside the clean examples. `perturb` is for
   methods that train on a mixture in one pass, and for measuring robustness.
-  Craft outside of the function that is differentiated for training.
+  Call it outside the function that is differentiated for training.
 
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar,
-      or the losses of the examples, (batch,), which `pgd(restarts=2)` needs. A
-      model with statistics goes in as a closure; ABSA attacks in evaluation
-      mode.
+      or the losses of the examples, (batch,), which `pgd(restarts=2)` needs. If
+      the model has statistics, let `loss_fn` close over them; ABSA attacks in
+      evaluation mode.
     params: parameters, any pytree.
     batch: a pytree of arrays with a leading batch axis.
     attack: how the inputs are perturbed.
     inputs: the leaf of the batch to perturb, as in `wrap`.
     adversarial_fraction: the share :math:`p` of the batch: its first
       :math:`\lfloor p B \rfloor` examples, at least one.
-    key: for an attack that draws.
+    key: a key, if the attack draws random numbers.
 
   Returns:
-    A batch of the same structure, shapes and dtypes. The leaf of a `(get, set)`
-    pair is what `set` makes of the floats: where `get` converts uint8 pixels,
-    all of its examples come back as floats.
+    A batch of the same structure, shapes and dtypes. With a `(get, set)` pair
+    the leaf is what `set` makes of the floats: if `get` converts uint8 pixels,
+    all examples come back as floats.
 
   Raises:
-    TypeError: for an attack that is none, inputs that are not floating before
-      or after `set`, or a loss that is neither a floating scalar nor one number
-      an example.
+    TypeError: for an attack that is no `Attack`, inputs that are not floating
+      before or after `set`, or a loss that is neither a floating scalar nor one
+      number per example.
     ValueError: for a fraction outside (0, 1], or a missing key.
-    KeyError: when the batch has no leaf `inputs`.
+    KeyError: when the batch lacks the leaf `inputs`.
 
   Examples:
     >>> import chex, jax.numpy as jnp

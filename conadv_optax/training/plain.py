@@ -28,13 +28,13 @@ def plain(
   has_key: bool = False,
   has_branch: bool = False,
 ) -> GradientFunction:
-  r"""The gradient of a loss, for what takes a `GradientFunction`.
+  r"""The plain gradient of a loss, as a `GradientFunction`.
 
   .. math::
 
     g_t = \nabla_\theta L(\theta_t; B_t)
 
-  It has one branch, 'main', and no memory. Where parameters and model state are
+  It has one branch, 'main', and no memory. If parameters and model state are
   `dual_bn.Branched`, the other branches get gradients of zero.
 
   Args:

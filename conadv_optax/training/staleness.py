@@ -15,8 +15,8 @@ class StalenessReport(NamedTuple):
   """What `staleness_report` measures, float32 scalars.
 
   Attributes:
-    sign_agreement: of the input elements that one of the two attacks moves,
-      the share that both move the same way, 0 to 1; nan where none is moved.
+    sign_agreement: of the input elements that at least one attack moves, the
+      share that both move the same way, 0 to 1; nan if none is moved.
     stale_gain: how much the stale attack adds to the adversarial branch's loss.
     fresh_gain: how much the fresh attack adds to it.
   """
@@ -53,10 +53,10 @@ def staleness_report(
   targets, and :math:`L_a` is the loss of the adversarial branch.
 
   To choose a staleness :math:`\tau`, keep the parameters of :math:`\tau` steps
-  ago for once. While the stale gain is near the fresh one, training meets
-  examples about as hard as a fresh attack's; a stale gain near 0 means that
-  they have become noise. Both vary from batch to batch, so look at several, and
-  at the start of training, where parameters move most.
+  ago once. While the stale gain is near the fresh gain, training sees examples
+  about as hard as a fresh attack's; a stale gain near 0 means that the examples
+  have become noise. Both gains vary from batch to batch, so look at several
+  batches, and at the start of training, when parameters move most.
 
   Args:
     grad_fn: what `conadv.wrap` returned, without `reuse_gradient`. Its own
@@ -64,17 +64,17 @@ def staleness_report(
     old_params: the parameters of some steps ago, `Branched` or not.
     params: the present parameters, of the same structure.
     batch: a batch as for training.
-    model_state: as for training, with `has_state`. It serves both attacks: they
-      run in training mode, where a norm does not read it.
-    key: a key where the attack or the loss draws.
+    model_state: as for training, with `has_state`. Both attacks get the same,
+      because they run in training mode, where a norm layer does not read it.
+    key: a key, if the attack or the loss draws random numbers.
 
   Returns:
     A `StalenessReport`.
 
   Raises:
     TypeError: when `grad_fn` is no `GradientFunction`.
-    ValueError: when it has no attack pass of its own, or a key or a model state
-      is missing.
+    ValueError: when `grad_fn` has no attack pass of its own, or a key or a model
+      state is missing.
 
   Examples:
     >>> import chex, jax.numpy as jnp

@@ -75,20 +75,20 @@ def wrap(
   :math:`B_{t+\tau}`, trains on :math:`B_t`, and crafts the copy of
   :math:`B_{t+\tau}`.
 
-  Where parameters and model state are `dual_bn.Branched`, each branch uses its
-  own norm layers, and the attack those of the adversarial branch, in training
-  mode; the statistics that the attack computes are thrown away. A plain model
-  state is shared, and the main branch's update of it is kept, or where that has
-  weight 0, that of the first branch with weight.
+  If parameters and model state are `dual_bn.Branched`, each branch uses its own
+  norm layers. The attack uses those of the adversarial branch, in training mode,
+  and the statistics that it computes are thrown away. A plain model state is
+  shared. The main branch's update of it is kept or, if that branch has weight
+  0, the update of the first branch with a weight above 0.
 
   With `reuse_gradient`, call :math:`t` trains on the newest clean batch and on
-  the adversarial copy of the batch :math:`\tau` calls back, and the input
-  gradient of the clean pass makes the next copy: no attack pass. It differs
-  from the paper in two things. The clean and the adversarial examples of a step
-  come from different batches, and the attack sees the main branch's norm. The
-  clean halves of `first_batches` are not trained on.
+  the adversarial copy of the batch :math:`\tau` calls back. The input gradient
+  of the clean pass makes the next copy, so there is no attack pass. This differs
+  from the paper in two ways. The clean and the adversarial examples of a step
+  come from different batches, and the attack uses the main branch's norm layers.
+  The clean halves of `first_batches` are not trained on.
 
-  Reductions: `staleness=0` is AdvProp; weights 1 for 'main' and 0 for
+  Special cases: `staleness=0` is AdvProp; weights 1 for 'main' and 0 for
   'adversarial' give the plain step; `epsilon=0` with a shared norm gives the
   plain step with every example counted twice.
 
@@ -98,7 +98,7 @@ def wrap(
       `(loss, model_state)`; `has_aux`, `has_key` and `has_branch` change it as
       below. It sees the ordinary trees of one branch.
     staleness: :math:`\tau`, how many steps old the parameters of an attack
-      are. 0 attacks the batch that is trained on, then trains; give the attack
+      are. With 0 a step attacks its own batch, then trains on it; give the attack
       `random_targets` then, or it leaks the labels through batch statistics.
     attack: how the inputs are perturbed, in their units. None is `pgd` with one
       step of the largest published run's radius, 18/255 in units of inputs
@@ -107,59 +107,61 @@ def wrap(
     inputs: the leaf of the batch to perturb, a floating array with a leading
       batch axis: a key, a tuple of keys, or a `(get, set)` pair of functions
       `get(batch)`, `set(batch, value)`. `()` is the batch itself. `get` may
-      convert, uint8 pixels to floats say: clean batches then wait as they are,
-      and `loss_fn` must take the leaf as it is and as `get` returns it. A list
-      or dict of these perturbs several leaves at once: `['left', 'right']`.
+      convert the leaf, such as uint8 pixels to floats. Clean batches then wait
+      as they are, so `loss_fn` must take the leaf both as it is and as `get`
+      returns it. A list or dict of these perturbs several leaves at once:
+      `['left', 'right']`.
     weights: the weight of each branch's loss, by name, floats or scalar arrays,
-      finite and not negative. None: equal, summing to 1. Algorithm 1 of the
-      paper is the plain sum, `{'main': 1., 'adversarial': 1.}`. A branch of
+      finite and not negative. None: equal weights that sum to 1. Algorithm 1 of
+      the paper is the plain sum, `{'main': 1., 'adversarial': 1.}`. A branch of
       weight 0 adds nothing, not even a NaN.
-    extra_branches: further clean views, each a branch with a norm of its own:
+    extra_branches: further clean views, each a branch with its own norm layers.
       `{'augmented': 'image_augmented'}` names the leaf that takes the place of
-      `inputs`, or a list or dict of as many.
+      `inputs`; for several leaves, give a list or dict like that of `inputs`.
     adversarial_fraction: the share :math:`p` of each batch to attack: its
       first :math:`\lfloor p B \rfloor` examples, at least one. The adversarial
-      loss is the mean over those. Of a batch that `jit` spreads over devices
-      the first part lies on the first of them; `data_parallel` takes a part of
-      each.
+      loss is the mean over these examples. If `jit` spreads a batch over
+      devices, they lie on the first devices; `data_parallel` takes a part of
+      each device's share.
     reuse_gradient: take the attack's gradient from the training pass. In
-      float16 scale the loss as for training, or that gradient underflows.
-    denominator: what the loss is a mean of, where that is not the examples:
+      float16, scale the loss as for training, or the gradient underflows.
+    denominator: what the loss is a mean of, if not of the examples.
       `denominator(batch)` is the scalar that the loss of the batch was divided
-      by, `lambda batch: batch['mask'].sum()` say. Groups of examples
-      (`data_parallel`, `accumulate`, `concurrent`) are then averaged with it
-      for weight, and the result is that of the whole batch at once. A group of
-      0 adds nothing, not even a NaN; but where a loss talks to other devices,
+      by, such as `lambda batch: batch['mask'].sum()`. Groups of examples
+      (`data_parallel`, `accumulate`, `concurrent`) are then weighted by it, and
+      the result is that of the whole batch at once. A group whose denominator
+      is 0 adds nothing, not even a NaN. But if a loss talks to other devices,
       let it divide by `jnp.maximum(n, 1)`, or they get its NaN.
     has_state: whether `loss_fn` takes and returns a model state.
     has_aux: whether `loss_fn` returns `(loss, aux)`, or
       `(loss, (model_state, aux))`.
-    has_key: whether `loss_fn` also takes `key=`, for dropout say.
+    has_key: whether `loss_fn` also takes `key=`, as for dropout.
     has_branch: whether `loss_fn` also takes `branch=`, what it is called for:
       'main', 'adversarial', the name of an extra branch, or 'attack' for the
-      loss that the attack climbs (with `reuse_gradient` that is 'main'). So the
-      attack can have no label smoothing, statistics in evaluation mode, or
-      another loss than training. For 'attack' it may return the losses of the
-      examples, (batch,), in place of their mean.
+      loss that the attack climbs (with `reuse_gradient` that is 'main'). The
+      attack can then do without label smoothing, use statistics in evaluation
+      mode, or climb another loss than training. For 'attack' `loss_fn` may return
+      the losses of the examples, (batch,), instead of their mean.
 
   Returns:
-    A `GradientFunction`. Its loss is the weighted sum of the branches' and, as
-    all losses here, at least float32; gradients have the structure and dtypes
-    of the parameters; the state has the same shapes and dtypes at every call.
+    A `GradientFunction`. Its loss is the weighted sum of the branches' losses
+    and, like all losses here, at least float32. Gradients have the structure and
+    dtypes of the parameters. The state has the same shapes and dtypes at every
+    call.
 
   Raises:
     TypeError: for a staleness that is not an int, integer inputs, an attack
-      that is none or returns another shape or dtype, a `loss_fn` that returns
-      something else than it should, a denominator that is no scalar, an NNX
-      module for parameters, a leaf of a batch that is no array, or a state of
-      another gradient function.
-    ValueError: for a negative staleness, weights that do not match the
-      branches or are no finite numbers of 0 or more, first batches of the wrong
-      number or shape, a later batch of another shape, a state of another
-      staleness, a missing key or model state, or a combination that
-      `reuse_gradient` does not allow.
-    KeyError: when the batch has no leaf `inputs`, or a `Branched` tree not
-      every branch.
+      that is no `Attack` or returns another shape or dtype, a `loss_fn` that
+      returns something else than it should, a denominator that is no scalar, an
+      NNX module for parameters, a leaf of a batch that is no array, or a state
+      of another gradient function.
+    ValueError: for a negative staleness, weights that do not match the branches
+      or are not finite numbers of 0 or more, first batches of the wrong number
+      or shape, a later batch of another shape, a state of another staleness, a
+      missing key or model state, or a combination that `reuse_gradient` does
+      not allow.
+    KeyError: when the batch lacks the leaf `inputs`, or a `Branched` tree lacks
+      a branch.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp
