@@ -78,7 +78,8 @@ def split(
     affine: whether the norm layers' parameters are split too. If False,
       `params` is returned as it is.
     is_norm: `is_norm(path, leaf)` decides instead which parameters to split;
-      `path` is the tuple of keys of the leaf. Norm layers without state need it.
+      `path` is the tuple of keys of the leaf. Norm layers without state need
+      this.
 
   Returns:
     `(params, model_state)`, each `Branched` where it was split.

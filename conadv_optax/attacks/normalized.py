@@ -37,7 +37,7 @@ def normalized(
     std: what the pixels were divided by, in the same form; positive.
 
   Returns:
-    A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and its variants.
+    A NamedTuple `(epsilon, bounds)` of float32 arrays for `pgd` and the like.
 
   Raises:
     TypeError: for a function in place of a number.

@@ -95,10 +95,11 @@ def pgd(
     start_from_clean: with a random start, the probability of starting at the
       clean input instead. Each start draws once for the whole batch.
     restarts: the number of random starts. Each example keeps the end where its
-      loss is highest (with `targets`, lowest). Each start takes one more forward
-      pass, and needs the loss of each example: with `has_branch`, let `loss_fn`
-      return an array (batch,) for the branch 'attack' instead of the mean. With
-      batch statistics the losses are those among the ends of one start.
+      loss is highest (with `targets`, lowest). Each start takes one more
+      forward pass, and needs the loss of each example: with `has_branch`, let
+      `loss_fn` return an array (batch,) for the branch 'attack' instead of the
+      mean. With batch statistics the losses are those among the ends of one
+      start.
     bounds: `(low, high)` of a valid input, each like `epsilon`; the result
       never leaves them, even where the clean input is outside by more than the
       radius. In a short dtype they are rounded inwards.

@@ -21,9 +21,9 @@ Targets = Callable[[jax.Array | None, Batch], Batch]
 def random_targets(num_classes: int, *, label: LeafSpec = 'label') -> Targets:
   """A wrong class for each example, drawn uniformly.
 
-  Pass it as `targets` to an attack; training keeps the true labels. A label that
-  is no class stays as it is, such as the -1 or 255 of a pixel that the loss
-  ignores.
+  Pass it as `targets` to an attack; training keeps the true labels. A label
+  that is no class stays as it is, such as the -1 or 255 of a pixel that the
+  loss ignores.
 
   Args:
     num_classes: number of classes, at least 2.

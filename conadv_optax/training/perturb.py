@@ -35,8 +35,8 @@ def perturb(
 
     x_i \leftarrow \hat x_i(\theta) \quad \text{for } i < \lfloor pB \rfloor
 
-  `wrap` trains on adversarial copies beside the clean examples. `perturb` is for
-  methods that train on a mixture in one pass, and for measuring robustness.
+  `wrap` trains on adversarial copies beside the clean examples. `perturb` is
+  for methods that train on a mixture in one pass, and for measuring robustness.
   Call it outside the function that is differentiated for training.
 
   Args:

@@ -73,8 +73,8 @@ def staleness_report(
 
   Raises:
     TypeError: when `grad_fn` is no `GradientFunction`.
-    ValueError: when `grad_fn` has no attack pass of its own, or a key or a model
-      state is missing.
+    ValueError: when `grad_fn` has no attack pass of its own, or a key or a
+      model state is missing.
 
   Examples:
     >>> import chex, jax.numpy as jnp

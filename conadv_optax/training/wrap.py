@@ -76,17 +76,17 @@ def wrap(
   :math:`B_{t+\tau}`.
 
   If parameters and model state are `dual_bn.Branched`, each branch uses its own
-  norm layers. The attack uses those of the adversarial branch, in training mode,
-  and the statistics that it computes are thrown away. A plain model state is
-  shared. The main branch's update of it is kept or, if that branch has weight
-  0, the update of the first branch with a weight above 0.
+  norm layers. The attack uses those of the adversarial branch, in training
+  mode, and the statistics that it computes are thrown away. A plain model state
+  is shared. The main branch's update of it is kept or, if that branch has
+  weight 0, the update of the first branch with a weight above 0.
 
   With `reuse_gradient`, call :math:`t` trains on the newest clean batch and on
   the adversarial copy of the batch :math:`\tau` calls back. The input gradient
-  of the clean pass makes the next copy, so there is no attack pass. This differs
-  from the paper in two ways. The clean and the adversarial examples of a step
-  come from different batches, and the attack uses the main branch's norm layers.
-  The clean halves of `first_batches` are not trained on.
+  of the clean pass makes the next copy, so there is no attack pass. This
+  differs from the paper in two ways. The clean and the adversarial examples of
+  a step come from different batches, and the attack uses the main branch's norm
+  layers. The clean halves of `first_batches` are not trained on.
 
   Special cases: `staleness=0` is AdvProp; weights 1 for 'main' and 0 for
   'adversarial' give the plain step; `epsilon=0` with a shared norm gives the
@@ -98,8 +98,8 @@ def wrap(
       `(loss, model_state)`; `has_aux`, `has_key` and `has_branch` change it as
       below. It sees the ordinary trees of one branch.
     staleness: :math:`\tau`, how many steps old the parameters of an attack
-      are. With 0 a step attacks its own batch, then trains on it; give the attack
-      `random_targets` then, or it leaks the labels through batch statistics.
+      are. With 0 a step attacks its own batch, then trains on it; give the
+      attack `random_targets`, or it leaks the labels through batch statistics.
     attack: how the inputs are perturbed, in their units. None is `pgd` with one
       step of the largest published run's radius, 18/255 in units of inputs
       normalised to mean 0 and standard deviation 1 (with a random start unless
@@ -140,14 +140,14 @@ def wrap(
       'main', 'adversarial', the name of an extra branch, or 'attack' for the
       loss that the attack climbs (with `reuse_gradient` that is 'main'). The
       attack can then do without label smoothing, use statistics in evaluation
-      mode, or climb another loss than training. For 'attack' `loss_fn` may return
-      the losses of the examples, (batch,), instead of their mean.
+      mode, or climb another loss than training. For 'attack' `loss_fn` may
+      return the losses of the examples, (batch,), instead of their mean.
 
   Returns:
     A `GradientFunction`. Its loss is the weighted sum of the branches' losses
-    and, like all losses here, at least float32. Gradients have the structure and
-    dtypes of the parameters. The state has the same shapes and dtypes at every
-    call.
+    and, like all losses here, at least float32. Gradients have the structure
+    and dtypes of the parameters. The state has the same shapes and dtypes at
+    every call.
 
   Raises:
     TypeError: for a staleness that is not an int, integer inputs, an attack
