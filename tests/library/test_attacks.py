@@ -109,7 +109,8 @@ def inwards(low, high, dtype):
   steps=st.integers(1, 3),
   epsilon=st.one_of(st.just(0.0), st.floats(1e-4, 3)),
   random_start=st.booleans(),
-  low=st.floats(-3, 2),
+  # XLA flushes subnormal numbers to 0.
+  low=st.floats(-3, 2, width=32, allow_subnormal=False),
   width=st.floats(0.05, 4),
 )
 @settings(max_examples=80, deadline=None)
