@@ -228,7 +228,8 @@ def end_workers() -> None:
     workers = _find_workers()
   # At once, so that nobody here tells of one that is gone.
   for worker in workers:
-    os.kill(worker, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(worker, signal.SIGKILL)
 
 
 def batched(
