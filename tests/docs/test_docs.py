@@ -57,6 +57,7 @@ def test_the_pages_that_a_reader_needs_have_examples():
   } <= found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', WITH_BLOCKS, ids=name)
 def test_blocks_run_in_order_and_end_in_an_assertion(page):
   namespace = {'__name__': name(page)}

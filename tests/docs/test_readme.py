@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax
+import pytest
 
 README = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
 
@@ -12,6 +13,7 @@ def blocks(language):
   return re.findall(rf'^```{language}\n(.*?)^```', README, re.M | re.S)
 
 
+@pytest.mark.slow
 def test_example_runs_and_its_claims_hold():
   (example,) = blocks('python')
   assert 'chex.assert' in example

@@ -62,6 +62,7 @@ def run(grad_fn, *, steps=4, size=32, branched=True, parts=1):
   return (loss, aux.losses, grads, model_state, params), state, aux
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', list(KINDS))
 def test_micro_batches_are_devices(kind):
   grad_fn = make_grad_fn(kind)
@@ -77,6 +78,7 @@ def test_micro_batches_are_devices(kind):
   chex.assert_trees_all_equal(state.slot, on_devices.slot)
 
 
+@pytest.mark.slow
 def test_the_groups_decide_the_result():
   # Otherwise the test above could not tell groups from the whole.
   eight, _, _ = run(conadv.accumulate(make_grad_fn('conadv'), 8))
@@ -84,6 +86,7 @@ def test_the_groups_decide_the_result():
   assert abs(float(eight[0] - four[0])) > 1e-3
 
 
+@pytest.mark.slow
 def test_micro_batches_on_devices_are_as_many_groups():
   loss = conadv.plain(loss_fn, has_state=True)
   both, _, _ = run(

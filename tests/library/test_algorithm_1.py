@@ -120,6 +120,7 @@ def assert_same_run(rows, naive_rows):
     chex.assert_trees_all_close(to_naive(params), theta, **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tau', [0, 1, 2, 3])
 @pytest.mark.parametrize('steps_of_attack', [1, 3])
 def test_is_algorithm_1_to_the_letter(tau, steps_of_attack):

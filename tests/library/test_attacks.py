@@ -102,6 +102,7 @@ def inwards(low, high, dtype):
   return np.min(values), np.max(values)
 
 
+@pytest.mark.slow
 @given(
   data=st.data(),
   dtype=st.sampled_from(['float32', 'bfloat16', 'float16']),

@@ -108,6 +108,7 @@ def test_the_gradient_is_the_mean_over_copies_and_examples():
   np.testing.assert_allclose(grads, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('copies', [1, 3])
 def test_micro_batches_are_copies(copies):
   batch = conadv.batch_augment(jitter, copies)(KEY, make_batch(0))
@@ -119,6 +120,7 @@ def test_micro_batches_are_copies(copies):
     assert abs(whole - mean_over_groups(groups)[0][0]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
 def test_on_devices_a_group_holds_examples_of_one_copy(axis_type):
   mesh, copies = make_mesh(axis_type), 2

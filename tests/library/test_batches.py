@@ -153,6 +153,7 @@ def test_container_makes_no_difference(name, form):
     assert losses['adversarial'] != losses['main']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_bare_array_is_a_batch(form):
   def loss_of_array(w, x):
@@ -196,6 +197,7 @@ CONVERTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CONVERTED)
 def test_get_can_convert_and_clean_batches_wait_as_they_are(name):
   """The same as floats from the start, in a queue of fewer bytes."""

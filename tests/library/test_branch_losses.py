@@ -84,6 +84,7 @@ def divergence(p, q):
   return np.mean(np.sum(p * np.log(p / q), axis=1))
 
 
+@pytest.mark.slow
 def test_trades():
   """Clean cross entropy, and Kullback-Leibler against the clean prediction."""
   beta, w = 6.0, rng.normal(size=(3, 4)).astype(np.float32)
@@ -131,6 +132,7 @@ def test_trades():
   np.testing.assert_allclose(grads, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vat():
   """One power iteration from a random direction, in NumPy."""
   alpha, epsilon, xi, drawn = 2.0, 0.5, 0.02, []

@@ -285,6 +285,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('spread', ['alone', *GROUPS])
 @pytest.mark.parametrize('method', list(METHODS))
 def test_a_complex_weight_is_a_pair_of_reals(method, spread):

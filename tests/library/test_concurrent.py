@@ -108,6 +108,7 @@ def assert_same_as_data_parallel(layout, grad_fn, batches, **kwargs):
 
 
 # A layout is the rows, the devices in a row, and the attackers among them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('layout', 'tau'),
   [((1, 8, 2), 1), ((2, 2, 1), 1), ((1, 8, 3), 3)],
@@ -120,6 +121,7 @@ def test_is_data_parallel_over_the_trainers(layout, tau):
   assert_same_as_data_parallel(layout, make_grad_fn(tau), batches)
 
 
+@pytest.mark.slow
 def test_is_data_parallel_with_all_that_wrap_can_do():
   batches = [make_batch(t, size=24) for t in range(6)]
   for t, batch in enumerate(batches):
@@ -180,6 +182,7 @@ def num_bytes(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('rows', 'roles', 'attackers'), [(2, 4, 1), (1, 5, 2), (1, 4, 2)]
 )
@@ -235,6 +238,7 @@ def dots(lines):
   return sorted(match[1] for match in found if match)
 
 
+@pytest.mark.slow
 def test_each_role_runs_its_own_branch_of_the_program():
   program, _ = compiled_step(make_mesh(1, 4), P('data'))
   attack, train = branches_of(program)

@@ -87,6 +87,7 @@ def sine(x):
 climb = jax.grad(sine)
 
 
+@pytest.mark.slow
 @attacks
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_attack_keeps_shape_and_dtype(case, dtype):
@@ -132,6 +133,7 @@ def test_attack_compiles_once_for_traced_epsilons(case):
   assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', cases('targets'))
 def test_targets_are_drawn_by_key_alone(case):
   targets = case.make()
@@ -221,6 +223,7 @@ def test_leaf_reads_what_it_wrote(case):
   chex.assert_trees_all_equal({k: written[k] for k in batch}, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', cases('helper'))
 def test_helper_is_pure_and_can_be_traced(case):
   leaves, treedef = jax.tree.flatten(case.arguments)

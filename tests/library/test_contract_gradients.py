@@ -87,6 +87,7 @@ def loop(step, carry, ts):
   return carry, output
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_in_a_scan_is_a_loop(case):
   grad_fn = case.make()
@@ -110,6 +111,7 @@ def test_wrapper_in_a_scan_is_a_loop(case):
   )
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_gives_its_buffers_back_and_keeps_the_form_of_its_state(case):
   grad_fn = case.make()
@@ -130,6 +132,7 @@ def test_wrapper_gives_its_buffers_back_and_keeps_the_form_of_its_state(case):
       assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_can_be_traced_from_shapes(case):
   grad_fn = case.make()
@@ -161,6 +164,7 @@ def test_wrapper_can_be_traced_from_shapes(case):
   )
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_compiles_once_while_numbers_change(case):
   branches = ['main', 'adversarial']
@@ -206,6 +210,7 @@ def test_wrapper_compiles_once_while_numbers_change(case):
   assert len(traces) == 1
 
 
+@pytest.mark.slow
 @wrappers
 @pytest.mark.parametrize(
   ('dtype', 'branched'),
@@ -234,6 +239,7 @@ def test_wrapper_keeps_dtypes_and_structures(case, dtype, branched):
     assert perturbed is None or perturbed.dtype == dtype
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_is_finite_in_bfloat16(case):
   grad_fn = case.make()
@@ -278,6 +284,7 @@ def fed():
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('case', 'optimizer'), fed())
 # MultiSteps divides a gradient by an integer count.
 @jax.numpy_dtype_promotion('standard')
@@ -306,6 +313,7 @@ def test_wrapper_feeds_any_optimizer(case, optimizer):
   assert losses[-1] < 0.7 * losses[grad_fn.staleness]
 
 
+@pytest.mark.slow
 @wrappers
 def test_wrapper_continues_from_a_checkpoint_bit_for_bit(case, tmp_path):
   grad_fn = case.make()

@@ -150,6 +150,7 @@ def check(run, naive, masks, *, rtol=2e-4):
     np.testing.assert_allclose(parts, expected_loss, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('groups', list(GROUPS))
 def test_groups_give_the_gradient_of_the_whole_batch(groups):
   run = compiled({'staleness': 1}, groups)

@@ -123,6 +123,7 @@ def test_edges_of_one_direction_go_that_way():
   np.testing.assert_allclose(found, 0.75 * own + 0.25 * np.roll(own, 1))
 
 
+@pytest.mark.slow
 def test_lars_sees_one_agent_at_a_time():
   tx = conadv.lars(RATE, weight_decay=0.1, trust_coefficient=1.0, mask=True)
   identity = np.eye(AGENTS)

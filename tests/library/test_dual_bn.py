@@ -47,6 +47,7 @@ LINEN_OWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('whole_collections', [False, True])
 def test_linen_norm_layers_are_found(whole_collections):
   variables = LinenNet().init(KEY, jnp.zeros((2, 4, 4, 1)))
@@ -76,6 +77,7 @@ def test_nnx_norm_layers_are_found():
   )
 
 
+@pytest.mark.slow
 def test_haiku_norm_layers_are_found():
   def forward(x):
     x = hk.nets.MLP([4])(x)

@@ -378,6 +378,7 @@ def test_branched_parameters_with_plain_state():
   assert_says(error, '`Branched`', 'params, model_state = conadv.dual_bn.split')
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_not_split():
   params, model_state = conadv.dual_bn.split(*init_model())
   batch = {**make_batch(0), 'view': make_batch(1)['image']}

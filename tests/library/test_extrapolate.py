@@ -176,6 +176,7 @@ def test_a_bilinear_game_converges_that_diverges_otherwise(direction):
   assert distance(conadv.extrapolate(game, 0.3, direction=direction)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('direction', ['past', 'current', 'noise'])
 def test_a_rate_of_zero_is_the_gradient_itself(direction):
   params, model_state = init_model()
@@ -276,6 +277,7 @@ EXTRAPOLATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('extrapolation', list(EXTRAPOLATIONS))
 def test_on_devices_each_goes_ahead_by_itself(extrapolation):
   grad_fn = conadv.extrapolate(plain_loss, EXTRAPOLATIONS[extrapolation])
@@ -305,6 +307,7 @@ def test_on_devices_each_goes_ahead_by_itself(extrapolation):
   assert difference > 1e-3, 'Otherwise this could not tell the two apart.'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('direction', ['past', 'noise'])
 def test_micro_batches_are_devices(direction):
   grad_fn = conadv.extrapolate(
@@ -317,6 +320,7 @@ def test_micro_batches_are_devices(direction):
   )
 
 
+@pytest.mark.slow
 def test_the_direction_is_float32_in_a_model_of_bfloat16():
   grad_fn = conadv.extrapolate(plain_loss, jnp.float32(0.1))
   params = make_params(jnp.bfloat16)

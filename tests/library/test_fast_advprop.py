@@ -96,6 +96,7 @@ def shifted(epsilon, shift):
   return conadv.Attack(craft=None, draws=False, one_step=one_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('start', 'weight'), [(0.0, 0.5), (0.0, 0.0), (0.05, 0.3), (0.05, 1.0)]
 )
@@ -171,6 +172,7 @@ def example_wise(params, batch):
   return jnp.mean((hidden @ params['head']['kernel']) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [2, 16])
 def test_without_perturbation_it_is_the_plain_step(size):
   params, _ = init_model()
@@ -230,6 +232,7 @@ def test_aux_and_keys_of_each_pass():
     grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
 
 
+@pytest.mark.slow
 def test_devices_are_a_loop_over_their_shards():
   params, model_state = branched()
   batch = make_batch(0, size=40)

@@ -77,6 +77,7 @@ TWO_AXES = ((4, 2), ('data', 'model'), P('model'), P('data'))
 BATCH_OVER_BOTH = ((4, 2), ('data', 'model'), P(), P(('data', 'model')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize('places', [ONE_AXIS, TWO_AXES, BATCH_OVER_BOTH])
 def test_on_eight_devices_it_is_the_same(places, axis_type):
@@ -93,6 +94,7 @@ def test_on_eight_devices_it_is_the_same(places, axis_type):
     assert ('model' in vectors.sharding.spec) == (places is TWO_AXES)
 
 
+@pytest.mark.slow
 def test_outside_of_jit_explicit_axes_are_the_same():
   whole, spread = on_devices(TWO_AXES, AxisType.Explicit)
   found, _, _ = analyse.__wrapped__(*spread)
@@ -101,6 +103,7 @@ def test_outside_of_jit_explicit_axes_are_the_same():
   assert found.vectors['a'].sharding.spec == P(None, 'model')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
 def test_vectors_are_float32_with_64_bits_enabled(dtype):
   with jax.enable_x64(True):
@@ -112,6 +115,7 @@ def test_vectors_are_float32_with_64_bits_enabled(dtype):
   )
 
 
+@pytest.mark.slow
 def test_top_eigenpairs_of_a_net():
   params, batch = make_net(), make_batch()
   values, vectors = np.linalg.eigh(dense_hessian(params, batch))
@@ -129,6 +133,7 @@ def test_top_eigenpairs_of_a_net():
     np.testing.assert_allclose(overlap, 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_top_is_the_largest_and_not_the_largest_in_size():
   spectrum = [-50.0, -3.0, 0.0, 1.0, 2.0, 7.0]
   matrix, _ = symmetric(spectrum)
@@ -174,6 +179,7 @@ def test_a_multiple_of_the_identity_has_one_eigenvalue_over_and_over(value):
   chex.assert_trees_all_close(pairs.values, jnp.full(6, value), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_residuals_bound_the_distance_to_an_eigenvalue():
   spectrum = np.linspace(-1, 3, 40) ** 3
   matrix, _ = symmetric(spectrum)
@@ -190,6 +196,7 @@ def test_residuals_bound_the_distance_to_an_eigenvalue():
     assert np.min(np.abs(spectrum - value)) <= residual + 1e-4
 
 
+@pytest.mark.slow
 def test_lanczos_is_never_below_power_iteration_of_the_same_cost():
   matrix, _ = symmetric(np.linspace(0.1, 2, 30) ** 2)
   (starts,) = random_arrays(5, (3, 30))
@@ -201,6 +208,7 @@ def test_lanczos_is_never_below_power_iteration_of_the_same_cost():
     assert power < values[-1] <= 4 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('iterations', [1, 10])
 def test_an_iteration_costs_one_product(iterations):
   calls = []
@@ -217,6 +225,7 @@ def test_an_iteration_costs_one_product(iterations):
   assert len(calls) == iterations
 
 
+@pytest.mark.slow
 def test_a_loss_without_curvature_has_eigenvalues_of_zero():
   @jax.jit
   def analyse(params, x):
@@ -247,6 +256,7 @@ def make_trained_net():
   return jax.jit(lambda p: jax.lax.fori_loop(0, 100, step, p))(params), batch
 
 
+@pytest.mark.slow
 def test_trace_of_a_net_is_within_its_standard_error():
   params, batch = make_trained_net()
   dense = dense_hessian(params, batch)
@@ -272,6 +282,7 @@ def density_of(params, batch, **arguments):
   )()
 
 
+@pytest.mark.slow
 def test_spectral_density_has_the_moments_of_a_net_within_a_percent():
   params, batch = make_trained_net()
   eigenvalues = np.linalg.eigvalsh(dense_hessian(params, batch))
@@ -283,6 +294,7 @@ def test_spectral_density_has_the_moments_of_a_net_within_a_percent():
     np.testing.assert_allclose(moment, np.mean(eigenvalues**power), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_spectral_density_lies_where_the_eigenvalues_of_a_net_do():
   params, batch = make_trained_net()
   eigenvalues = np.linalg.eigvalsh(dense_hessian(params, batch))
@@ -308,6 +320,7 @@ def test_quadrature_of_degree_k_is_exact_for_2k_minus_1_moments():
   assert abs(sixth - np.mean(np.asarray(diagonal) ** 6)) > 1
 
 
+@pytest.mark.slow
 def test_weights_find_the_multiplicity_of_a_known_spectrum():
   matrix, _ = symmetric([0.0] * 15 + [1.0] * 4 + [5.0])
   spectrum = hessian.spectral_density(

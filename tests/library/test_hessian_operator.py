@@ -49,6 +49,7 @@ def test_operator_is_the_closed_form_of_a_logistic_regression():
   np.testing.assert_allclose(as_matrix(matvec, w), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('micro_batches', [1, 4])
 def test_input_operator_is_the_dense_hessian_in_the_inputs(micro_batches):
   params, batch = make_net(), make_batch(8)
@@ -137,6 +138,7 @@ def make_mesh(places, axis_type):
   return mesh, NamedSharding(mesh, spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis_type', AXIS_TYPES)
 @pytest.mark.parametrize('places', MESHES)
 @pytest.mark.parametrize('make', [hessian.operator, hessian.input_operator])
@@ -244,6 +246,7 @@ def test_a_float16_mean_over_a_large_batch_keeps_its_digits():
     assert error < 5e-3
 
 
+@pytest.mark.slow
 def test_statistics_go_in_as_a_closure():
   scale, x = random_arrays(4, (3,), (8, 3))
 

@@ -143,6 +143,7 @@ def last_statistics(params, image):
   return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('problem', [linen_problem, nnx_problem])
 def test_a_chain_of_three_layers_in_each_branch_over_steps(problem):
   batches = [make_images(seed) for seed in range(4)]
@@ -265,6 +266,7 @@ def test_the_layer_before_counts_where_its_variance_is_near(
   chex.assert_tree_all_finite(grads(batch, previous))
 
 
+@pytest.mark.slow
 def test_a_prediction_is_the_limit_of_draws():
   rng = np.random.default_rng(0)
   mean = np.array([-0.5, 0.0, 3.0], np.float32)
@@ -280,6 +282,7 @@ def test_a_prediction_is_the_limit_of_draws():
   np.testing.assert_allclose(found, [[2.0], [0.0]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_go_to_the_layer_before_and_its_kernel():
   _, previous, *_ = make_inputs(3)
   kernel = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 4)))
@@ -315,6 +318,7 @@ def test_half_precision_is_not_squared():
   np.testing.assert_allclose(y, [[0.0], [2**0.5]], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_devices_share_their_statistics_by_name():
   x, previous, *_ = make_inputs()
   norm = LinenKalmanNorm(p=0.5, use_running_average=False)

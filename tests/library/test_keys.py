@@ -99,6 +99,7 @@ def distinct(rows):
   return {tuple(row) for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('staleness', [1, 3])
 def test_init_and_steps_share_no_key(staleness):
   initial, of_steps = keys_of(wrap(staleness), 1)

@@ -131,6 +131,7 @@ def test_every_form_is_the_numpy_one(
   )
 
 
+@pytest.mark.slow
 @given(
   dtypes=st.lists(st.sampled_from(['float32', 'complex64']), min_size=2),
   nesterov=st.booleans(),
@@ -237,6 +238,7 @@ def test_an_empty_group_stays_empty():
   chex.assert_trees_all_equal(updates, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('zero', ['weights', 'gradient', 'both'])
 @pytest.mark.parametrize('ratio_form', ['separate', 'joint'])
 def test_a_zero_norm_has_the_gradient_of_plain_momentum(zero, ratio_form):

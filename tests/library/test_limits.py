@@ -126,6 +126,7 @@ def apart(fn, batch, params, *, steps=6, radius=lambda t: t * 0.0):
   return distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('every', [2, 3])
 def test_look_sam_of_radius_zero_is_the_gradient(every, dtype):
@@ -205,6 +206,7 @@ def test_look_sam_keeps_little_that_is_no_rounding(slope):
   np.testing.assert_allclose(grads, [1.5, 0.5], rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 def test_sam_keeps_float64(every):
   """A weight in float32 would be wrong in the eighth digit."""
@@ -251,6 +253,7 @@ def test_a_share_is_that_of_the_decimal(thousandths, count, unit):
     assert share_of(written, size) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('fraction', 'size', 'count'),
   [

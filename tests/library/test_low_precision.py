@@ -156,6 +156,7 @@ def test_an_attack_on_one_example_among_padding(size):
   np.testing.assert_array_equal(state.queue.adversarial[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [12, 1024])
 def test_an_attack_on_float16_sees_the_gradient_of_float32(size):
   """In float16 that of 1,024 examples is below the normal numbers."""
@@ -297,6 +298,7 @@ def trained(wrapper, dtype):
   return run(*make_model(dtype), batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', SHORT)
 @pytest.mark.parametrize('wrapper', list(WRAPPERS))
 def test_every_wrapper_trains_in_a_short_dtype_as_in_float32(wrapper, dtype):
@@ -333,6 +335,7 @@ def test_a_large_gradient_of_the_one_real_group():
   np.testing.assert_allclose(np.float32(grads), 3e4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_large_gradients_of_examples_point_as_in_float32(norm):
   """Up to 13,700 each: four times that is all that float16 holds."""

@@ -159,6 +159,7 @@ def three_steps(grad_fn):
   return jax.jit(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', list(WRAPPERS))
 def test_on_an_explicit_mesh_every_wrapper_is_that_on_one_device(name):
   grad_fn, spread, alone, of_devices, micro_batches = WRAPPERS[name]
@@ -217,6 +218,7 @@ ON_ONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', list(TRACED))
 def test_traced_numbers_enter_explicit_meshes(name):
   """Schedules: the numbers change from call to call, compiled once."""
@@ -306,6 +308,7 @@ def mean_of_squares(groups, dtype):
   )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
   st.sampled_from([1, 2, 3, 7, 64, 255, 1024]),

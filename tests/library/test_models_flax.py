@@ -99,6 +99,7 @@ def train_cnn(batches, steps):
   return state, losses
 
 
+@pytest.mark.slow
 def test_cnn_trains_and_its_main_branch_evaluates():
   state, losses = train_cnn([make_images(seed) for seed in range(4)], 30)
   check_falls(losses, by=0.5)
@@ -114,6 +115,7 @@ def test_cnn_trains_and_its_main_branch_evaluates():
   assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
 
 
+@pytest.mark.slow
 def test_cnn_statistics_are_those_of_each_branch():
   batches = [make_images(seed) for seed in range(4)]
   params, batch_stats = init_cnn(batches[0]['image'])
@@ -216,6 +218,7 @@ def train_transformer(batches, steps):
 
 
 # Adam of optax divides by a power of an integer count.
+@pytest.mark.slow
 @jax.numpy_dtype_promotion('standard')
 def test_transformer_trains_without_state():
   batches = [patches_of(make_images(seed)) for seed in range(4)]
@@ -227,6 +230,7 @@ def test_transformer_trains_without_state():
   assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
 
 
+@pytest.mark.slow
 def test_transformer_draws_dropout_from_the_key():
   batch = patches_of(make_images(0))
   params = init_transformer(batch)
@@ -251,6 +255,7 @@ def test_transformer_draws_dropout_from_the_key():
     grad_fn.value_and_grad(params, grad_fn.init(params, []), batch)
 
 
+@pytest.mark.slow
 def test_transformer_layer_norms_can_be_branched_by_a_predicate():
   batch = patches_of(make_images(0))
   params = init_transformer(batch)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from model_checks import (
   CLASSES,
   MOMENTUM,
@@ -111,6 +112,7 @@ def moved(before, after):
   }
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion('standard')
 def test_resnet_trains_with_a_norm_for_each_branch():
   batches = [
@@ -198,6 +200,7 @@ def train_mlp(batches, steps):
   return params, history
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion('standard')
 def test_mlp_trains_and_gives_its_own_outputs_by_branch():
   params, history = train_mlp([make_images(seed) for seed in range(4)], 40)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from model_checks import (
   CLASSES,
@@ -134,10 +135,12 @@ def check_training(train):
   )
 
 
+@pytest.mark.slow
 def test_cnn_trains_and_its_main_branch_evaluates():
   check_training(train_with_optax)
 
 
+@pytest.mark.slow
 def test_cnn_trains_with_the_optimizer_of_nnx():
   check_training(train_with_nnx_optimizer)
 
@@ -148,6 +151,7 @@ def split_cnn():
   return make_loss(graphdef), *conadv.dual_bn.split(params, batch_stats)
 
 
+@pytest.mark.slow
 def test_cnn_statistics_are_those_of_each_branch():
   loss_fn, params, batch_stats = split_cnn()
   check_statistics(

@@ -55,6 +55,7 @@ def test_a_known_covariance_is_found_within_five_percent():
   np.testing.assert_allclose(scales[-1], 100, rtol=0.05)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
   groups=st.integers(2, 9),
@@ -126,6 +127,7 @@ def test_the_gradients_are_those_of_the_devices():
     np.testing.assert_allclose(scale, noise / signal, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_follows_conadv_with_its_branches():
   grad_fn = conadv.accumulate(
     conadv.wrap(loss_fn, attack=conadv.fgsm(0.1), has_state=True),

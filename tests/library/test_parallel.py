@@ -92,6 +92,7 @@ def assert_shardings_equal(first, second):
   )
 
 
+@pytest.mark.slow
 @on_meshes
 def test_jit_over_a_sharded_batch_is_the_single_device_run(kind, axis_type):
   batches = make_batches()
@@ -133,6 +134,7 @@ def loop_over_shards(grad_fn, batches):
   return (*mean, params)
 
 
+@pytest.mark.slow
 @on_meshes
 def test_data_parallel_is_a_loop_over_the_shards(kind, axis_type):
   grad_fn = make_grad_fn(kind)
@@ -266,6 +268,7 @@ def test_the_mean_is_taken_in_float32():
   )
 
 
+@pytest.mark.slow
 def test_a_second_axis_of_the_mesh_is_left_to_the_compiler():
   mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ('data', 'model'))
   grad_fn = conadv.wrap(

@@ -71,6 +71,7 @@ def test_a_batch_on_eight_devices_gives_the_same():
   assert mixed['image'].sharding.spec == P('data')
 
 
+@pytest.mark.slow
 def test_targets_are_for_the_attack_alone():
   batch = make_batch(0)
   attack = conadv.pgd(0.2, targets=conadv.random_targets(3), random_start=False)
@@ -84,6 +85,7 @@ def test_targets_are_for_the_attack_alone():
   assert np.max(np.abs(mixed['image'] - untargeted)) > 0.1
 
 
+@pytest.mark.slow
 def test_dtypes_are_kept():
   batch = make_batch(0)
   batch['image'] = batch['image'].astype(jnp.bfloat16)

@@ -35,6 +35,7 @@ def attack_with(restarts, **kwargs):
   return conadv.pgd(1.0, steps=3, step_size=0.1, restarts=restarts, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('targeted', [False, True])
 def test_each_example_keeps_its_worst_start(targeted):
   key = jax.random.key(3)
@@ -63,6 +64,7 @@ def test_each_example_keeps_its_worst_start(targeted):
   np.testing.assert_allclose(found['image'], wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_training_on_one_device_and_on_meshes():
   grad_fn = conadv.wrap(loss_fn, 1, attack=attack_with(8), has_branch=True)
   single = conadv.wrap(loss_fn, 1, attack=attack_with(1), has_branch=True)
@@ -106,6 +108,7 @@ def test_an_array_of_losses_is_climbed_as_their_mean_is():
   chex.assert_trees_all_close(*results, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_never_the_worst():
   def losses_fn(w, batch):
     x = batch['image'][:, 0]
@@ -120,6 +123,7 @@ def test_a_loss_that_is_no_number_is_never_the_worst():
   assert (found['image'] < 0).any()
 
 
+@pytest.mark.slow
 def test_restarts_in_a_shard_map_of_the_users_own():
   mesh = make_mesh(4)
 

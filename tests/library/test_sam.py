@@ -96,6 +96,7 @@ def test_is_sam_of_optax():
   chex.assert_trees_all_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
 def test_the_penalty_is_of_the_gradient_norm(share):
   # On a quadratic to all orders, so a second derivative can tell.
@@ -198,6 +199,7 @@ def test_an_element_may_be_complex():
   np.testing.assert_allclose(point, w + RADIUS * move, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mask_may_be_a_function_a_tree_or_a_prefix():
   params, batch = make_params(), make_regression(0)
 
@@ -233,6 +235,7 @@ def test_a_mask_that_is_none(mask, kind, says):
     grad_fn.value_and_grad(params, grad_fn.init(params, []), jnp.ones((1, 3)))
 
 
+@pytest.mark.slow
 def test_float32_parameters_keep_the_move_that_bfloat16_loses():
   """As the docstring has it, with a tenth of the weights and their radius."""
   keys = jax.random.split(jax.random.key(0))
@@ -275,6 +278,7 @@ def first_call(grad_fn, batch_size=16):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 @pytest.mark.parametrize('inner', ['plain', 'conadv'])
 def test_a_radius_of_zero_is_the_gradient_itself(inner, every):
@@ -293,6 +297,7 @@ def test_a_radius_of_zero_is_the_gradient_itself(inner, every):
   chex.assert_trees_all_equal((got_output, got_state.inner), (output, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 def test_loss_statistics_and_queue_are_those_of_the_first_pass(every):
   (loss, aux), grads, state = first_call(make_conadv())
@@ -396,6 +401,7 @@ def run(grad_fn, steps=4, size=32, parts=1):
   return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 def test_on_devices_each_perturbs_by_its_own_gradient(every):
   got, state = run(
@@ -421,6 +427,7 @@ def test_on_devices_each_perturbs_by_its_own_gradient(every):
     chex.assert_trees_all_close(state.direction.value, stacked, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'kwargs',
   [{'every': 1}, {'every': 3}, {'adaptive': 'layer', 'gap_weight': 0.5}],
@@ -453,6 +460,7 @@ def test_with_an_axis_statistics_stay_those_of_a_device():
   chex.assert_trees_all_close(got, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_devices():
   grad_fn = conadv.sam(plain_loss, 0.2, every=2)
   chex.assert_trees_all_close(
@@ -495,6 +503,7 @@ def flops(grad_fn):
   return compiled.cost_analysis()['flops']
 
 
+@pytest.mark.slow
 def test_the_second_pass_attacks_nothing():
   # Its queue is thrown away, and so is the work for it.
   plain = flops(conadv.plain(loss_fn, has_state=True))

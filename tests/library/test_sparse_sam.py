@@ -64,6 +64,7 @@ def part(batch, k, parts):
   return {name: x[k::parts] for name, x in batch.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('parts', [1, 2])
 @pytest.mark.parametrize(('sparsity', 'kept'), [(0.5, 4), (0.9, 0), (0.2, 7)])
 def test_the_mask_is_that_of_the_fisher_information(parts, sparsity, kept):
@@ -96,6 +97,7 @@ def test_the_mask_is_that_of_the_fisher_information(parts, sparsity, kept):
 
 
 # The schedule of Optax mixes counts and floats.
+@pytest.mark.slow
 @jax.numpy_dtype_promotion('standard')
 def test_a_dynamic_mask_drops_the_smallest_and_grows_at_random():
   drop_rate = optax.cosine_decay_schedule(0.9, 8)
@@ -152,6 +154,7 @@ def test_a_dynamic_mask_drops_the_smallest_and_grows_at_random():
   np.testing.assert_allclose(float(drop_rate(8)), 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', [{}, DYNAMIC])
 def test_sparsity_0_is_sam_and_1_is_the_gradient(rule):
   def gradients(grad_fn):
@@ -201,6 +204,7 @@ def test_with_an_axis_all_devices_have_one_mask(rule):
     np.testing.assert_array_equal(mask, flat(state.mask.value))
 
 
+@pytest.mark.slow
 def test_another_loss_may_be_looked_at_and_padding_is_not():
   def masked(params, batch):
     w = jnp.concatenate([params['a'].ravel(), params['b']])
@@ -254,6 +258,7 @@ def test_a_gradient_that_is_no_number_leaves_as_many():
   assert flat(state.mask.value).sum() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', [{}, DYNAMIC])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float64', 'complex64'])
 def test_any_dtype_has_the_same_mask(rule, dtype):

@@ -34,6 +34,7 @@ weights = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(old=weights, new=weights)
 @settings(max_examples=20, deadline=None)
 def test_is_the_closed_form_of_a_linear_model(old, new):
@@ -68,6 +69,7 @@ def test_both_attacks_start_at_the_same_point():
   assert report.stale_gain == report.fresh_gain != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fraction', [1.0, 0.5])
 def test_is_the_attack_and_the_loss_of_the_adversarial_branch(fraction):
   batch = make_batch(0)

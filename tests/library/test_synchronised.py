@@ -102,6 +102,7 @@ def two_steps(grad_fn, params, model_state, batches, place=lambda b: b):
   return returned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 @on_libraries
 def test_synchronised_statistics_are_those_of_the_whole_batch(library, kind):
@@ -139,6 +140,7 @@ def test_a_synchronised_gradient_is_that_of_jax_on_the_whole_batch():
   )
 
 
+@pytest.mark.slow
 @on_libraries
 def test_groups_of_devices_are_as_many_devices(library):
   _, params, model_state = library()
@@ -181,6 +183,7 @@ def masked_norm(axis):
   return loss_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_synchronised_statistics_with_unequal_masks(kind):
   [batch] = make_batches(1, 16)
@@ -198,6 +201,7 @@ def test_synchronised_statistics_with_unequal_masks(kind):
   chex.assert_trees_all_close((got, got_grads), (loss, grads), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis', ['data', ('data', 'fsdp')], ids=str)
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_parameters_spread_over_a_second_axis(kind, axis):
@@ -237,6 +241,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('spread', ['devices', 'micro-batches'])
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 @pytest.mark.parametrize('method', list(METHODS))
@@ -280,6 +285,7 @@ def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
     assert grads.sharding.is_equivalent_to(of_weight, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_trainers_of_different_rows_may_talk(kind):
   """The same place in each row; attackers have turns of their own."""

@@ -220,6 +220,7 @@ def train(loss_fn, params, steps):
   return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', MAKERS)
 def test_a_transformer_trains_with_noise_at_its_embedding(kind):
   # Haiku's layers and Adam mix dtypes.
@@ -307,6 +308,7 @@ def wrapped(reuse):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('wrapper', 'reuse'),
   [
@@ -330,6 +332,7 @@ def test_groups_of_lines_of_unequal_length_are_one_batch(wrapper, reuse):
   )
 
 
+@pytest.mark.slow
 def test_fast_advprop_at_an_embedding():
   loss_fn, params = linen()
   grad_fn = conadv.fast_advprop(

@@ -34,6 +34,7 @@ def naive(groups, low=0.1, high=1.0):
   return np.clip(ratio / np.mean(ratio), low, high) * mean
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
   groups=st.integers(2, 12),
@@ -172,6 +173,7 @@ def vr_step(tx, grad_fn, batch, params, model_state):
   return step(params, model_state, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'after',
   [

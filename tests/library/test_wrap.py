@@ -42,6 +42,7 @@ def compiled_copies(tau):
   return jax.jit(grad_fn.init), jax.jit(grad_fn.value_and_grad)
 
 
+@pytest.mark.slow
 @given(
   tau=st.integers(0, 5),
   steps=st.integers(1, 12),
@@ -151,6 +152,7 @@ def test_staleness_zero_is_the_advprop_step():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('fraction', 'size', 'count'),
   [(0.2, 16, 3), (0.5, 7, 3), (0.01, 5, 1), (1.0, 5, 5), (0.999, 4, 3)],
@@ -212,6 +214,7 @@ def test_passes_run_one_at_a_time():
   assert len(barriers) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tau', [0, 1])
 @pytest.mark.parametrize('fraction', [1.0, 0.5])
 def test_the_passes_alone_are_the_step(tau, fraction):
@@ -296,6 +299,7 @@ def test_ten_thousand_steps_neither_recompile_nor_grow():
   assert int(state.slot) == 10_000 % 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['wrap', 'accumulate', 'data_parallel'])
 def test_the_queue_may_lie_in_the_memory_of_the_host(kind):
   grad_fn = conadv.wrap(

@@ -24,6 +24,7 @@ import conadv_optax as conadv
 from reference.run import absa, methods, train
 
 
+@pytest.mark.slow
 def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
   config = tiny('absa', **{'methods.absa.epsilon': 0.05})
   schedule = optax.linear_schedule(1.0, 0.0, 100)
@@ -82,6 +83,7 @@ def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
   assert float(values['micro_batches']) == 2
 
 
+@pytest.mark.slow
 def test_absa_grows_once_an_epoch_by_the_largest_eigenvalue():
   config = tiny('absa', batch_size=40, **{'methods.absa.patience': 2})
   state, _, place = start(

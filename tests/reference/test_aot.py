@@ -39,6 +39,7 @@ def number(name, text):
   return float(found.replace(',', ''))
 
 
+@pytest.mark.slow
 def test_a_small_step_on_v3_is_counted_right():
   result = run_python(
     '-m',
@@ -120,6 +121,7 @@ print(json.dumps([errors, memory, alone]))
 """
 
 
+@pytest.mark.slow
 def test_slices_that_cannot_be_and_the_memory_of_those_that_can():
   result = run_python('-c', SCRIPT)
   assert result.returncode == 0, result.stderr
@@ -166,6 +168,7 @@ def small(method):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'method',
   [
@@ -267,6 +270,7 @@ def test_an_account_of_the_host_and_of_seconds_that_are_unknown(told, seconds):
   assert needs.host == 55
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_every_run_and_goes_on(
   monkeypatch, capsys, tmp_path
 ):

@@ -56,6 +56,7 @@ def cost(tmp_path_factory):
   return folder, printed, {row['row']: row for row in rows}
 
 
+@pytest.mark.slow
 def test_every_row_is_there_with_all_its_figures(cost):
   folder, printed, rows = cost
   assert list(rows) == list(steps.ROWS)
@@ -126,6 +127,7 @@ def growth(tmp_path_factory):
   return {(row['sweep'], row['row'], row['size']): row for row in rows}
 
 
+@pytest.mark.slow
 def test_a_queue_costs_batches_and_copies_and_no_arithmetic(growth):
   image = 24 * 8 * 8 * 3 * 4
   for row, entry in (('ConAdv', 2 * image + 24 * 4), ('reuse', image + 24 * 4)):
@@ -224,6 +226,7 @@ figures.draw_cost(Path(sys.argv[1]) / 'cost', rows)
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_that_states_no_time(tmp_path):
   result = subprocess.run(
     [sys.executable, '-c', WITHOUT_SECONDS, str(tmp_path)],
@@ -242,6 +245,7 @@ def test_a_compiler_that_states_no_time(tmp_path):
   check_figure(tmp_path, 'cost')
 
 
+@pytest.mark.slow
 def test_for_a_tpu_trainers_do_not_attack_and_attackers_do_not_train(tmp_path):
   pytest.importorskip('libtpu')
   names = 'plain', 'concurrent equal share'

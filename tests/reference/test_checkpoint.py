@@ -85,6 +85,7 @@ def targets():
   batches.close()
 
 
+@pytest.mark.slow
 def test_ten_kills_leave_no_trace(tmp_path):
   result = start(str(ROOT / 'tests/support/killed_runs.py'), tmp_path, *FLAGS)
   assert result.returncode == 0, result.stderr
@@ -147,6 +148,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(damage, workdir, targets, capsys):
   state, batches = targets
@@ -169,6 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, workdir, targets, capsys):
   assert 'resumes from step 4' in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_after_damage(whole, workdir, capsys):
   for number in (4, 6):
     DAMAGE['no position'](workdir / 'checkpoints' / str(number))
@@ -241,6 +244,7 @@ def test_another_number_of_processes_is_refused(workdir, monkeypatch):
     checkpoint.check_config(workdir, tiny(steps=6))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
   flags = [*FLAGS, f'--workdir={tmp_path}', '--config.run.keep=1']
   code = (

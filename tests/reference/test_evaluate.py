@@ -83,6 +83,7 @@ def read_csv(path):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_its_own_images_and_on_others(workdir, tmp_path):
   held_out = sources.digits().held_out
   images, labels = (np.array(x) for x in zip(*held_out, strict=True))
@@ -145,6 +146,7 @@ def test_a_run_is_evaluated_on_its_own_images_and_on_others(workdir, tmp_path):
   assert f'{float(rows[0]["top_1"]):.2%}' in run.stdout
 
 
+@pytest.mark.slow
 def test_one_model_is_evaluated():
   run = evaluate()
   assert run.returncode == 2

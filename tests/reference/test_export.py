@@ -65,6 +65,7 @@ def assert_same(left, right):
     np.testing.assert_array_equal(array, right[name])
 
 
+@pytest.mark.slow
 def test_it_holds_the_main_branch_under_plain_names(workdir, folder):
   state, _ = saved(workdir, 2)
   weights = load_file(folder / 'model.safetensors')
@@ -102,6 +103,7 @@ def test_the_description_says_what_a_user_needs(workdir, folder):
   assert row['loss_main'] > 0
 
 
+@pytest.mark.slow
 def test_it_serves_where_this_project_is_not(workdir, folder, tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
   np.save(tmp_path / 'images.npy', images)
@@ -258,6 +260,7 @@ def torch_like(block, stage_sizes, **fields):
   return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('block', 'stage_sizes'),
   [('basic', (1, 2, 1, 1)), ('bottleneck', (2, 1, 1, 1))],

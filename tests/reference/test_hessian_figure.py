@@ -47,6 +47,7 @@ def test_figure_of_a_zero_matrix(tmp_path):
   assert (tmp_path / 'zero.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_loaded_and_analysed(tmp_path):
   config = digits.get_config()
   config.update_from_flattened_dict(

@@ -39,6 +39,7 @@ def fit(path, config, classes):
   )
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another_and_resumes_without_it(
   source, tmp_path, capsys, monkeypatch
 ):

@@ -242,6 +242,7 @@ esac
 MOUNTPOINT = '#!/bin/sh\ntest -e mnt/mounted\n'
 
 
+@pytest.mark.slow
 def test_the_run_of_the_readme_starts_again_on_a_slice_that_is_there(hosts):
   for name, text in (('sudo', SUDO), ('mountpoint', MOUNTPOINT)):
     (hosts / 'bin' / name).write_text(text)
@@ -323,6 +324,7 @@ def test_nothing_that_lies_on_a_host_is_removed(hosts, monkeypatch):
   assert kept.read_text() == 'the state of a week'
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_is_lost_and_not_failed(hosts):
   # The host went down: its process is gone and has left no status.
   ended = subprocess.Popen(['true'])
@@ -345,6 +347,7 @@ def test_hosts_that_are_not_reached_are_lost_with_their_slice_alone(
   assert ('the slice was taken away' in result.stderr) == (status == 255)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
   for host in '01':
     (hosts / host / 'go_on').write_text('1')
@@ -354,6 +357,7 @@ def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
   assert 'the slice was taken away' in result.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_all_that_a_run_does(hosts):
   for host in '01':
     (hosts / host / 'go_on').write_text('0')
@@ -454,6 +458,7 @@ def test_what_is_missing_is_named(arguments, message, hosts):
   assert not (hosts / 'log').exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_nothing_to_its_end(hosts):
   config = "--config.name=it's $HOME"
   for host in '01':
@@ -476,6 +481,7 @@ def test_a_run_from_nothing_to_its_end(hosts):
   assert shown == gcloud(hosts)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on(hosts):
   start = ('start', *SLICE, '--', WORKDIR)
   for host in '01':

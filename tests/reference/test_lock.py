@@ -106,6 +106,7 @@ def test_one_that_is_long_dead_is_not_waited_for(tmp_path, living):
   assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_a_living_run_of_another_host_keeps_the_folder(tmp_path, monkeypatch):
   """Its heart beats here, for a process that is not here."""
   monkeypatch.setattr(lock, '_SILENT', 20.0)
@@ -121,6 +122,7 @@ def test_a_living_run_of_another_host_keeps_the_folder(tmp_path, monkeypatch):
   assert locks(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_of_many_at_once_no_two_hold_it(tmp_path):
   barrier = threading.Barrier(8)
   taken = []

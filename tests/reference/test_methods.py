@@ -51,6 +51,7 @@ def dealt(x, parts):
   return rows.swapaxes(0, 1).reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_eight_micro_batches_are_eight_devices():
   """Micro-batch k holds the rows k, k + 8 and so on, device k the k-th part."""
   results = []
@@ -72,6 +73,7 @@ def test_eight_micro_batches_are_eight_devices():
   assert_close(*results, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', NEW)
 def test_every_new_method_learns_its_batch(method):
   config = tiny(method, accumulate=2, **{'methods.agvm.anchor': 'Dense_0'})
@@ -88,6 +90,7 @@ def test_every_new_method_learns_its_batch(method):
   assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == form
 
 
+@pytest.mark.slow
 def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
   batches = [make_batch(seed) for seed in range(2)]
   state, take, place = start(tiny('vanilla'), model=Small())
@@ -136,6 +139,7 @@ def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
   assert_close(found, descend(after.params, unravel(reused)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['conadv', 'conadv_reuse'])
 def test_the_attack_alone_has_labels_of_its_own(method):
   """It steps from the clean image away from the label."""
@@ -199,6 +203,7 @@ def test_the_attack_alone_has_labels_of_its_own(method):
   jax.tree.map(np.testing.assert_array_equal, after[0][:3], after[1][:3])
 
 
+@pytest.mark.slow
 def test_vrgd_and_the_noise_scale_compare_all_groups():
   # Four images a group: of two, BatchNorm makes a gradient of rounding alone.
   config = tiny('vrgd', accumulate=2, noise_scale=True)
@@ -240,6 +245,7 @@ def test_vrgd_and_the_noise_scale_compare_all_groups():
   assert len(tx.init(before.params)) == 2
 
 
+@pytest.mark.slow
 def test_agvm_multiplies_the_updates_of_modules():
   numbers = {'methods.agvm.anchor': 'Dense_0', 'methods.agvm.every': 1}
   config = tiny('agvm', accumulate=2, **numbers)
@@ -254,6 +260,7 @@ def test_agvm_multiplies_the_updates_of_modules():
   assert len({float(x) for x in factors.values()}) > 1
 
 
+@pytest.mark.slow
 def test_agents_that_all_hear_each_other_are_conadv():
   results = []
   for method in ('conadv', 'diffusion'):
@@ -273,6 +280,7 @@ def test_agents_that_all_hear_each_other_are_conadv():
   assert_close(*results, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_agents_in_a_ring_train_and_go_on(tmp_path):
   config = tiny('diffusion', epochs=0.1)
   config.lars.warmup_epochs = 0.0
@@ -316,6 +324,7 @@ def test_copies_are_crops_of_the_padded_image():
   )
 
 
+@pytest.mark.slow
 def test_each_copy_is_a_group_of_its_own():
   config = tiny('batch_augment')
   state, take, place = start(config, model=Small())
@@ -339,6 +348,7 @@ def test_each_copy_is_a_group_of_its_own():
   assert_close(arrays(state).params, descend(before.params, mean), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accuracies_count_what_each_branch_was_trained_on():
   """A model that always says 0, on nothing but zeros."""
   for method, overrides in (
@@ -389,6 +399,7 @@ def final_state(workdir, number):
   return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('method', 'overrides'),
   [
@@ -449,6 +460,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert 'noise scale' in out
 
 
+@pytest.mark.slow
 def test_a_queue_in_host_memory_changes_nothing():
   results = []
   for memory in ('device', 'host'):

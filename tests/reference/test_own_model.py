@@ -29,6 +29,7 @@ def variables_of(model):
   return model.init(jax.random.key(0), jnp.asarray(IMAGES), train=False)
 
 
+@pytest.mark.slow
 def test_a_vit_trains_with_dropout_by_conadv():
   config = tiny(
     'conadv',
@@ -50,6 +51,7 @@ def test_a_vit_trains_with_dropout_by_conadv():
   assert (last < 0.8 * first).all()
 
 
+@pytest.mark.slow
 def test_the_key_of_the_step_is_that_of_dropout():
   """In training it draws, in evaluation it does not."""
   for name in ('vit', 'grouped'):
@@ -76,6 +78,7 @@ def test_the_key_of_the_step_is_that_of_dropout():
     assert min(losses) < values[0] + 0.5
 
 
+@pytest.mark.slow
 def test_a_linen_model_is_called_as_it_is():
   model = build('vit', width=16)
   variables = variables_of(model)
@@ -88,6 +91,7 @@ def test_a_linen_model_is_called_as_it_is():
   )
 
 
+@pytest.mark.slow
 def test_an_nnx_step_is_that_of_nnx(monkeypatch):
   """Without dropout, so that nothing is drawn."""
   monkeypatch.setattr(nnx, 'Dropout', lambda *_, **__: lambda x: x)

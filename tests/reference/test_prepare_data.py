@@ -72,6 +72,7 @@ preparation.prepare(source, target, images_per_shard=4)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('patch', 'finished', 'checked'),
   [
@@ -406,6 +407,7 @@ def test_an_image_that_disappears_meanwhile(source, target, monkeypatch):
   assert names(target) == ['manifest.json']
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(source, target):
   root = Path(__file__).parents[2]
 

@@ -18,6 +18,7 @@ def changes(workdir, step):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_is_lengthened_on_purpose_alone(tmp_path, capsys):
   train.train(tiny(), tmp_path)
   longer = tiny(steps=6)
@@ -45,6 +46,7 @@ def test_a_run_is_lengthened_on_purpose_alone(tmp_path, capsys):
   train.train(longer, tmp_path)
 
 
+@pytest.mark.slow
 def test_other_images_are_refused_and_the_same_elsewhere_are_not(
   tmp_path, capsys
 ):

@@ -24,6 +24,7 @@ def find(config, device, epochs):
   return {(row['epoch'], row['attack']): row for row in rows}
 
 
+@pytest.mark.slow
 def test_after_the_step_it_is_what_the_next_step_reports(one_device):
   config = make_config(method='conadv_reuse', batch_size=40)
   found = find(config, one_device, [1])
@@ -48,6 +49,7 @@ def test_after_the_step_it_is_what_the_next_step_reports(one_device):
   assert row['after a step on others'] != row['after a step on them']
 
 
+@pytest.mark.slow
 def test_without_a_learning_rate_no_step_changes_a_loss(one_device):
   config = make_config(method='conadv_reuse', batch_size=40)
   config.lars.peak = config.lars.end = 0.0

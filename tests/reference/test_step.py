@@ -91,6 +91,7 @@ def test_normalize_is_mean_and_deviation_of_each_channel():
   np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('attack', [{}, {'label_smoothing': 0.5}])
 def test_labels_are_smoothed_by_what_the_loss_is_for(attack):
   model, batch = Model(), make_batch(0)
@@ -114,6 +115,7 @@ def test_labels_are_smoothed_by_what_the_loss_is_for(attack):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
   config = make_config(method='vanilla')
   model, place, state, take = make_all(config)
@@ -152,6 +154,7 @@ def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
   assert int(state.step) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'method',
   [
@@ -184,6 +187,7 @@ def test_the_state_stays_where_and_what_it_is(method):
   assert 0 <= float(values['accuracy_main']) <= 1
 
 
+@pytest.mark.slow
 def test_conadv_waits_one_step_and_advprop_none():
   """The clean loss of the first step tells which batch was trained on."""
   losses = {}
@@ -214,6 +218,7 @@ def test_autoaugment_is_vanilla_on_the_second_view():
   jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_three_branches_see_their_images_with_norm_layers_of_their_own():
   """Each branch is, as far as it can be seen, a plain step on its images."""
   config = make_config(method='conadv_autoaugment')
@@ -259,6 +264,7 @@ def test_three_branches_see_their_images_with_norm_layers_of_their_own():
     assert not np.array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [37, 16, 5])
 def test_evaluation_counts_every_image_once_on_main_statistics(count):
   config = make_config()
@@ -300,6 +306,7 @@ def test_evaluation_counts_every_image_once_on_main_statistics(count):
   assert result['held_out_loss'] == pytest.approx(loss / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_is_never_right():
   config = make_config()
   model, place, state, _ = make_all(config)
@@ -319,6 +326,7 @@ def test_padding_is_never_right():
   assert result['held_out_accuracy'] == np.mean(batch['label'] == 0)
 
 
+@pytest.mark.slow
 def test_every_step_draws_anew():
   """The same batch is attacked twice, with the same parameters."""
   _, place, state, take = make_all(make_config(), rate=0.0)

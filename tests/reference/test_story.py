@@ -150,6 +150,7 @@ def story(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_the_stopped_run_is_the_uninterrupted_one(story):
   train(story / 'shards', story / 'whole')
   weights = load_file(story / 'my_model' / 'model.safetensors')
@@ -159,6 +160,7 @@ def test_the_stopped_run_is_the_uninterrupted_one(story):
     np.testing.assert_array_equal(weights[name], array, strict=True)
 
 
+@pytest.mark.slow
 def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
   out = tmp_path / 'out'
   model = story / 'my_model'
@@ -200,6 +202,7 @@ def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_extended(story):
   workdir = story / 'extended'
   shutil.copytree(story / 'run', workdir)
@@ -211,6 +214,7 @@ def test_a_complete_run_is_extended(story):
   assert {row['changes'] for row in rows[:-6]} <= {'', '0'}
 
 
+@pytest.mark.slow
 def test_three_classes_are_learnt_from_it(story):
   few = story / 'few'
   for split in ('train', 'test'):

@@ -38,6 +38,7 @@ def read(workdir):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_study_from_its_trials_to_its_rows(tmp_path, monkeypatch, one_device):
   config = make_config(
     **{

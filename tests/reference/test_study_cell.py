@@ -21,6 +21,7 @@ def one_device(monkeypatch):
   return use_one_device(monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_steps_are_those_of_the_main_job(one_device):
   config = make_config(method='conadv', batch_size=40, seed=3)
   data = study_cell.load(config)
@@ -184,6 +185,7 @@ def test_every_epoch_is_a_shuffle_of_all_images():
   assert any(next(other) != images[0, :7])
 
 
+@pytest.mark.slow
 def test_an_uneven_last_batch_counts_every_image_once(one_device):
   config = make_config()
   data = study_cell.load(config)
@@ -218,6 +220,7 @@ def test_an_uneven_last_batch_counts_every_image_once(one_device):
     np.testing.assert_allclose(found['held_out_accuracy'], right.mean())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_has_a_row(one_device):
   config = make_config(**{'lars.peak': 1e30, 'lars.warmup_epochs': 0.0})
   data = study_cell.load(config)

@@ -25,6 +25,7 @@ def folder(tmp_path):
   return tmp_path / 'images'
 
 
+@pytest.mark.slow
 def test_its_methods_run_from_jpegs_to_rows(tmp_path, folder, monkeypatch):
   [device, *_] = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda: [device])

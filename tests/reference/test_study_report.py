@@ -187,6 +187,7 @@ def test_a_row_without_accuracy_is_no_number(rows):
   assert line.split(' | ')[2] == '3'
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_for_light_and_dark(rows, tmp_path):
   report.draw(rows, tmp_path / 'figures')
   found = {path.name for path in (tmp_path / 'figures').iterdir()}

@@ -30,6 +30,7 @@ def test_lines_are_of_one_module_and_in_one_part(lines):
   assert set(map(tuple, text.read_lines(1)[1]['tokens'].tolist())) != parts[1]
 
 
+@pytest.mark.slow
 def test_padding_is_not_seen(lines):
   batch = text.rows_of(lines[0], np.arange(4))
   params = text.Transformer().init(
@@ -49,6 +50,7 @@ def test_padding_is_not_seen(lines):
   assert np.abs(at_words - clean).max() > 0.01
 
 
+@pytest.mark.slow
 def test_noise_sets_in_after_its_share_of_the_run(lines):
   data = text.rows_of(lines[0], np.arange(64))
   run = text.Run(batch_size=32, epochs=3, rate=0.02, start=1.0)

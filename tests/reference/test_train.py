@@ -21,6 +21,7 @@ from reference.data import input_pipeline
 from reference.run import checkpoint, loop, metrics, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'method', ['vanilla', 'advprop', 'conadv', 'conadv_reuse']
 )
@@ -59,6 +60,7 @@ def test_the_main_job(method, tmp_path, capsys):
   assert 'held-out accuracy' in lines[2]
 
 
+@pytest.mark.slow
 def test_a_record_without_its_last_row_gets_it_again(tmp_path):
   config = tiny('vanilla')
   final = train.train(config, tmp_path)
@@ -70,6 +72,7 @@ def test_a_record_without_its_last_row_gets_it_again(tmp_path):
   assert [float(row['step']) for row in read_csv(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
   def run_steps(config, *arguments, run=loop.run_steps, **keywords):
     batch = (config.batch_size, 8, 8, 1)
@@ -100,6 +103,7 @@ def whole(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
   broken = tmp_path
 
@@ -127,6 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
   assert [float(row['step']) for row in left] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_under_way(whole, tmp_path, monkeypatch, capsys):
   stopped = tmp_path
 
@@ -152,6 +157,7 @@ def test_sigterm_saves_the_step_under_way(whole, tmp_path, monkeypatch, capsys):
   assert saved(stopped, 6)[1] == saved(whole, 6)[1]
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_only_evaluated(tmp_path, capsys, monkeypatch):
   first = train.train(tiny(), tmp_path)
   rows = read_csv(tmp_path)
@@ -183,6 +189,7 @@ def test_another_config_is_refused_field_by_field(tmp_path):
   assert '--workdir=' in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
   config = tiny(**{'lars.peak': 1e30, 'run.checkpoint_every': 1})
   with pytest.raises(FloatingPointError, match=r'At step 2.*lars\.peak'):
@@ -246,6 +253,7 @@ def jpegs(folder, **overrides):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('crop', ['pad', 'random_resized'])
 def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
   write_jpegs(tmp_path, 16, 10)
@@ -263,6 +271,7 @@ def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
   assert f'Skipped {tmp_path}/test/dog/5.jpg: ' in out
 
 
+@pytest.mark.slow
 def test_three_branches_and_their_restart(tmp_path, monkeypatch):
   write_jpegs(tmp_path, 16, 4)
   config = jpegs(
@@ -314,6 +323,7 @@ def run_main(*flags, folder):
   )
 
 
+@pytest.mark.slow
 def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
   result = run_main(
     '--config.method=vanilla',
@@ -329,6 +339,7 @@ def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
   assert steps_saved(tmp_path / 'runs' / 'digits_vanilla') == [2]
 
 
+@pytest.mark.slow
 def test_an_argument_without_dashes_is_refused(tmp_path):
   result = run_main('config.method=conadv', folder=tmp_path)
   assert result.returncode == 2
@@ -337,6 +348,7 @@ def test_an_argument_without_dashes_is_refused(tmp_path):
   assert '`--config.method=conadv`' in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [

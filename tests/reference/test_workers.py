@@ -72,6 +72,7 @@ def telling_source(count=20, bad=(3, 7)):
   return sources.Source(range(count), range(count), classes, read)
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_batches_and_states(caplog):
   """Also where images are unreadable, and from one number to another."""
   source = telling_source()
@@ -99,6 +100,7 @@ def test_workers_make_the_same_batches_and_states(caplog):
   )
 
 
+@pytest.mark.slow
 def test_workers_leave_signals_to_the_run():
   """From their first instruction on, while they still load modules."""
   batches = input_pipeline.train_batches(
@@ -115,6 +117,7 @@ def test_workers_leave_signals_to_the_run():
     batches.close()
 
 
+@pytest.mark.slow
 def test_hosts_have_workers_of_their_own():
   source = telling_source(bad=())
   alone, _ = take(source, make_config(), 4)
@@ -129,6 +132,7 @@ def test_hosts_have_workers_of_their_own():
   assert_same(together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['jpeg_folder', 'array_record'])
 def test_every_source_reaches_the_workers(form, tmp_path):
   folder = write_images(tmp_path / 'images')
@@ -145,6 +149,7 @@ def test_every_source_reaches_the_workers(form, tmp_path):
   assert [Path(x).name for x in skipped] == ['1.JPEG'] * (form == 'jpeg_folder')
 
 
+@pytest.mark.slow
 def test_errors_arrive_as_from_threads():
   config = make_config(workers=1)
   config.data.on_bad_image = 'stop'
@@ -155,6 +160,7 @@ def test_errors_arrive_as_from_threads():
     take(telling_source(bad=range(20)), config, 1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error_and_no_wait():
   batches = input_pipeline.train_batches(
     telling_source(), make_config(workers=1), skipped={}
@@ -225,6 +231,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('end', 'code'),
   [('kill', -signal.SIGKILL), ('return', 0), ('fail', 1)],
@@ -282,6 +289,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 def test_the_main_job_stops_by_a_signal_to_all_its_processes(tmp_path):
   """As a scheduler sends it; resumed with another number of workers."""
   path = tmp_path / 'slow.py'
