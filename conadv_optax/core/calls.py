@@ -205,7 +205,8 @@ def check_passes(grad_fn: GradientFunction, caller: str) -> Passes:
     raise ValueError(
       f'`{caller}` needs the attack pass and the training passes apart, and '
       'this gradient function does not have them: with `reuse_gradient=True` '
-      'there is no attack pass, and `data_parallel` has joined them. Pass what '
-      '`conadv.wrap(loss_fn, ...)` returned, with `reuse_gradient=False`.'
+      'there is no attack pass, with `every` most steps have none, and '
+      '`data_parallel` has joined them. Pass what `conadv.wrap(loss_fn, ...)` '
+      'returned, with `reuse_gradient=False` and `every=1`.'
     )
   return grad_fn.passes

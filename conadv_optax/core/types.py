@@ -31,8 +31,9 @@ class ConAdvState(NamedTuple):
   """What a step leaves for the steps after it: a ring of `tau` batches.
 
   Attributes:
-    slot: int32 scalar, where the oldest batch of the ring lies, or `()` when
-      nothing has to wait (`staleness=0`).
+    slot: int32 scalar, where the oldest batch of the ring lies: the number of
+      calls, modulo `tau`. With `every=k` it is modulo `tau * k`, so that it
+      also says whose turn it is. `()` when there is nothing to count.
     queue: `Queue` of arrays with a leading axis of length `tau`, or `()`.
   """
 

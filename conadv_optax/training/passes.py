@@ -1,6 +1,7 @@
 """The training passes: one after the other, each in one branch."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ class Pass(NamedTuple):
     key: of its loss.
     weight: of its loss in the sum.
     inputs: where the gradient in the inputs is wanted too, or None.
+    runs: whether it is run at all, a boolean scalar; None is always. Of one
+      that is not, what is floating is NaN, and the model state stays.
   """
 
   branch: str
@@ -41,6 +44,7 @@ class Pass(NamedTuple):
   key: jax.Array | None
   weight: ArrayLike
   inputs: Any = None
+  runs: jax.Array | None = None
 
 
 class Trained(NamedTuple):
@@ -131,9 +135,18 @@ def _one_pass(
     return counted, (part(value), rest)
 
   wants_inputs = one.inputs is not None
-  gradients, (value, (state, aux)) = jax.grad(
-    objective, argnums=(0, 1) if wants_inputs else 0, has_aux=True
-  )(call.params, one.inputs)
+  gradient = functools.partial(
+    jax.grad(objective, argnums=(0, 1) if wants_inputs else 0, has_aux=True),
+    call.params,
+    one.inputs,
+  )
+  if one.runs is None:
+    gradients, (value, (state, aux)) = gradient()
+  else:
+    old = dual_bn.select(call.model_state, one.branch)
+    gradients, (value, (state, aux)) = jax.lax.cond(
+      one.runs, gradient, lambda: _not_run(gradient, old)
+    )
   if share is not None:
     # Of padding alone: the derivative of 0 / 0 is no number, even times 0.
     gradients = jax.tree.map(
@@ -146,6 +159,24 @@ def _one_pass(
   aux = jax.tree.map(lambda x: x if jnp.ndim(x) else part(x), aux)
   gradients, of_inputs = gradients if wants_inputs else (gradients, None)
   return (value, (state, aux)), gradients, of_inputs
+
+
+def _not_run(gradient: Callable[[], Any], model_state: Any) -> Any:
+  """What `gradient` returns, of a pass that is not run."""
+
+  def filled(tree: Any, value: float) -> Any:
+    return jax.tree.map(
+      lambda x: jax.lax.full(
+        x.shape, value if is_inexact(x) else 0, x.dtype, sharding=x.sharding
+      ),
+      tree,
+    )
+
+  gradients, (value, (_, aux)) = jax.eval_shape(gradient)
+  return filled(gradients, 0), (
+    filled(value, jnp.nan),
+    (model_state, filled(aux, jnp.nan)),
+  )
 
 
 def collect(

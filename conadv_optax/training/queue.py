@@ -1,6 +1,6 @@
 """Who waits: the ring of batches, whose newest takes the slot of the oldest."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,40 @@ from conadv_optax.core.types import Batch, ConAdvState, Denominators, Queue
 _INIT = 0xADD5EED5
 
 
+class Turn(NamedTuple):
+  """Whose turn it is in a call, boolean scalars; None is always.
+
+  Attributes:
+    trains: whether the oldest batch has an adversarial copy, to train on.
+    attacks: whether the newest batch gets one.
+  """
+
+  trains: jax.Array | None = None
+  attacks: jax.Array | None = None
+
+
 @pytree('step')
 class Ring:
   """A step whose batches wait for `staleness` calls.
 
   Attributes:
     step: `ConAdvStep` or `ReusedStep`. `check(call, batches)` raises;
-      `enter(call, batch, key)` is the entry of one of the first batches, and
-      `like(batch)` its batch; `run(call, oldest)` is a step and the entry of
-      the newest, `((loss, aux), grads), entry`.
+      `enter(call, batch, key, attacks)` is the entry of one of the first
+      batches, and `like(batch)` its batch; `run(call, oldest, turn)` is a step
+      and the entry of the newest, `((loss, aux), grads), entry`.
     staleness: the calls that a batch waits for.
+    every: of so many batches, one is attacked.
   """
 
   step: Any
   staleness: int
+  every: int = 1
   state_kind = ConAdvState
 
   def init(self, call: Call) -> ConAdvState:
     """The state whose ring holds the first batches, attacked."""
     if self.staleness == 0:
-      return ConAdvState((), ())
+      return ConAdvState((), ()) if self.every == 1 else fill(())
     call = call.in_jax()
     for batch in call.batch[1:]:
       check_like(batch, call.batch[0], 'Every one of `first_batches`')
@@ -48,8 +62,10 @@ class Ring:
       key = jax.random.fold_in(key, _INIT)
       key = jax.random.split(key, self.staleness)
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *call.batch)
+    numbers = jnp.arange(self.staleness, dtype=jnp.int32)
     entries = jax.lax.map(
-      lambda args: self.step.enter(call, *args), (batches, key)
+      lambda args: self.step.enter(call, *args),
+      (batches, key, self._has_turn(numbers)),
     )
     return fill(entries)
 
@@ -61,16 +77,23 @@ class Ring:
     waited = oldest(call.state)
     if self.staleness > 0:
       check_like(self.step.like(call.batch), waited.batch, 'A later batch')
-    (output, grads), entry = self.step.run(call, waited)
-    state = push(call.state, entry) if self.staleness > 0 else call.state
-    return output, grads, state
+    turn = Turn()
+    if self.every > 1:
+      count = call.state.slot
+      turn = Turn(*map(self._has_turn, (count, count + self.staleness)))
+    (output, grads), entry = self.step.run(call, waited, turn)
+    return output, grads, push(call.state, entry, self.every)
+
+  def _has_turn(self, number: jax.Array) -> jax.Array | None:
+    """Whether the batch of this number is attacked; None is always."""
+    return None if self.every == 1 else number % self.every == 0
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
     """What the losses of a call will be divided by."""
     return self.step.denominators(oldest(state), batch)
 
 
-def fill(waiting: Queue) -> ConAdvState:
+def fill(waiting: Any) -> ConAdvState:
   """The state whose ring is full, its oldest entry first."""
   # Of no weak types, `jnp.full(shape, 2.)` say, as `push` leaves none: the
   # second step would compile again.
@@ -85,23 +108,27 @@ def oldest(state: ConAdvState) -> Any:
 
   def read(ring: jax.Array) -> jax.Array:
     entry = jax.lax.dynamic_index_in_dim(
-      ring, state.slot, axis=0, keepdims=False
+      ring, state.slot % ring.shape[0], axis=0, keepdims=False
     )
     return _to(jax.memory.Space.Device, entry)
 
   return jax.tree.map(read, state.queue)
 
 
-def push(state: ConAdvState, newest: Queue) -> ConAdvState:
-  """The newest entry takes the slot of the oldest."""
-  staleness = jax.tree.leaves(state.queue)[0].shape[0]
+def push(state: ConAdvState, newest: Queue, every: int = 1) -> ConAdvState:
+  """The newest entry takes the slot of the oldest, where any wait."""
+  if isinstance(state.slot, tuple):
+    return state
+  rings = jax.tree.leaves(state.queue)
+  staleness = rings[0].shape[0] if rings else 1
 
   def write(ring: jax.Array, x: jax.Array) -> jax.Array:
     x = _to(jax.typeof(ring).memory_space, x)
-    return jax.lax.dynamic_update_index_in_dim(ring, x, state.slot, axis=0)
+    slot = state.slot % staleness
+    return jax.lax.dynamic_update_index_in_dim(ring, x, slot, axis=0)
 
-  queue = jax.tree.map(write, state.queue, newest)
-  return ConAdvState((state.slot + 1) % staleness, queue)
+  queue = jax.tree.map(write, state.queue, newest) if rings else ()
+  return ConAdvState((state.slot + 1) % (staleness * every), queue)
 
 
 def _to(space: Any, x: jax.Array) -> jax.Array:

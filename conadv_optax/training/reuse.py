@@ -8,6 +8,7 @@ from conadv_optax.core.calls import Call, pytree
 from conadv_optax.core.numeric import tree_at_least_float32
 from conadv_optax.core.types import Attack, Batch, Denominators, Queue
 from conadv_optax.training.craft import check_crafted
+from conadv_optax.training.queue import Turn
 from conadv_optax.training.steps import Step
 
 
@@ -18,8 +19,9 @@ class ReusedStep(Step):
   The gradient of the clean pass in its inputs makes the next copy.
   """
 
-  def enter(self, call: Call, batch: Batch, key: Any) -> Queue:
+  def enter(self, call: Call, batch: Batch, key: Any, attacks: None) -> Queue:
     """The entry of one of the first batches."""
+    del attacks  # There is no pass to save.
     crafted = self.craft(call, batch, key)
     return Queue(self.leaf.set(self.part(batch), crafted), None)
 
@@ -29,8 +31,11 @@ class ReusedStep(Step):
     part = self.part(newest)
     return self.leaf.set(part, self.leaf.get(part))
 
-  def run(self, call: Call, oldest: Any) -> tuple[tuple[Any, Any], Queue]:
+  def run(
+    self, call: Call, oldest: Any, turn: Turn
+  ) -> tuple[tuple[Any, Any], Queue]:
     """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
+    del turn
     inputs = tree_at_least_float32(self.leaf.get(call.batch))
     output, gradient = self.train(call, call.batch, oldest.batch, inputs=inputs)
     assert self.attack.reuse is not None  # `check_reuse` has seen to it.
@@ -46,8 +51,14 @@ class ReusedStep(Step):
     return self.divisors(newest, oldest.batch)
 
 
-def check_reuse(attack: Attack, staleness: int) -> None:
+def check_reuse(attack: Attack, staleness: int, every: int) -> None:
   """One gradient is enough for the attack, and it is a step old."""
+  if every > 1:
+    raise ValueError(
+      '`reuse_gradient=True` has no attack pass that `every` could leave out. '
+      f'Given every={every}. Write `adversarial_fraction={round(1 / every, 3)}`'
+      ' in its place, which saves as much of the adversarial training pass.'
+    )
   if staleness == 0:
     raise ValueError(
       '`reuse_gradient=True` makes the adversarial copy from the gradient of '

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from conadv_optax.core.batches import first_part
@@ -19,6 +20,8 @@ from conadv_optax.core.types import (
 from conadv_optax.training.craft import check_inputs, craft
 from conadv_optax.training.loss import Loss, split_key
 from conadv_optax.training.passes import Pass, collect, train
+
+_PAIR = 'main', 'adversarial'
 
 
 @pytree('attack', 'weights')
@@ -57,7 +60,7 @@ class Step:
 
   def keys(self, key: jax.Array | None) -> tuple[Any, dict[str, Any]]:
     """The attack's own key and those of the branches, from that of a call."""
-    branches = ('main', 'adversarial', *self.views)
+    branches = (*_PAIR, *self.views)
     attack_key, *branch_keys = split_key(key, 1 + len(branches))
     return attack_key, dict(zip(branches, branch_keys, strict=True))
 
@@ -87,6 +90,7 @@ class Step:
     *,
     inputs: Any = None,
     after: Any = None,
+    trains: jax.Array | None = None,
   ) -> tuple[tuple[tuple[jax.Array, ConAdvAux], Any], Any]:
     """`((loss, aux), grads), input_gradient`: one pass for each branch.
 
@@ -96,11 +100,25 @@ class Step:
       attacked: the adversarial ones.
       inputs: the clean inputs, where the gradient in them is wanted too.
       after: what is to be computed first.
+      trains: whether the adversarial pass is run; None is always. Where it is
+        not, its weight is the main branch's.
     """
     _, keys = self.keys(call.key)
+    weights = dict(self.weights)
+    if trains is not None:
+      main, adversarial = (
+        jnp.asarray(weights[name], jnp.float32) for name in _PAIR
+      )
+      weights['main'] = jnp.where(trains, main, main + adversarial)
+      weights['adversarial'] = jnp.where(trains, adversarial, 0.0)
     of_pass = {'main': inputs}
+    runs = {'adversarial': trains}
     passes = {
-      name: Pass(name, batch, keys[name], self.weights[name], of_pass.get(name))
+      name: Pass(
+        *(name, batch, keys[name], weights[name]),
+        inputs=of_pass.get(name),
+        runs=runs.get(name),
+      )
       for name, batch in self._examples(clean, attacked).items()
     }
     trained = train(self.loss, call, passes, leaf=self.leaf, after=after)

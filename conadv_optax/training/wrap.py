@@ -9,9 +9,11 @@ References:
   <https://arxiv.org/abs/2106.00221>`_, 2022
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -19,6 +21,7 @@ from jax.typing import ArrayLike
 from conadv_optax.attacks.pgd import pgd
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
+  check_count,
   check_no_schedule,
   concrete,
   describe,
@@ -36,7 +39,7 @@ from conadv_optax.core.types import (
 )
 from conadv_optax.training.craft import check_attack, check_fraction
 from conadv_optax.training.loss import Loss
-from conadv_optax.training.queue import Ring
+from conadv_optax.training.queue import Ring, Turn
 from conadv_optax.training.reuse import ReusedStep, check_reuse
 from conadv_optax.training.steps import Step
 
@@ -54,6 +57,7 @@ def wrap(
   weights: Mapping[str, ArrayLike] | None = None,
   extra_branches: Mapping[str, LeafSpec] | None = None,
   adversarial_fraction: float = 1.0,
+  every: int = 1,
   reuse_gradient: bool = False,
   denominator: Callable[[Batch], ArrayLike] | None = None,
   has_state: bool = False,
@@ -123,6 +127,10 @@ def wrap(
       loss is the mean over these examples. If `jit` spreads a batch over
       devices, they lie on the first devices; `data_parallel` takes a part of
       each device's share.
+    every: of so many batches one has an adversarial copy: the first, and each
+      k-th after it. The other batches pay for a plain step, in which the main
+      branch has the weight of the adversarial one too. In such a step the loss
+      and floating aux of 'adversarial' are NaN, and its model state stays.
     reuse_gradient: take the attack's gradient from the training pass. In
       float16, scale the loss as for training, or the gradient underflows.
     denominator: what the loss is a mean of, if not of the examples.
@@ -155,11 +163,11 @@ def wrap(
       returns something else than it should, a denominator that is no scalar, an
       NNX module for parameters, a leaf of a batch that is no array, or a state
       of another gradient function.
-    ValueError: for a negative staleness, weights that do not match the branches
-      or are not finite numbers of 0 or more, first batches of the wrong number
-      or shape, a later batch of another shape, a state of another staleness, a
-      missing key or model state, or a combination that `reuse_gradient` does
-      not allow.
+    ValueError: for a negative staleness, an `every` below 1, weights that do
+      not match the branches or are not finite numbers of 0 or more, first
+      batches of the wrong number or shape, a later batch of another shape, a
+      state of another staleness, a missing key or model state, or a combination
+      that `reuse_gradient` does not allow.
     KeyError: when the batch lacks the leaf `inputs`, or a `Branched` tree lacks
       a branch.
 
@@ -186,6 +194,7 @@ def wrap(
   """
   _check_staleness(staleness)
   check_fraction(adversarial_fraction)
+  check_count('every', every)
   if attack is None:
     attack = pgd(_EPSILON, random_start=not reuse_gradient)
   check_attack(attack)
@@ -207,13 +216,13 @@ def wrap(
     adversarial_fraction,
   )
   if reuse_gradient:
-    check_reuse(attack, staleness)
+    check_reuse(attack, staleness, every)
   step = (ReusedStep if reuse_gradient else ConAdvStep)(*fields)
   return gradient_function(
-    Ring(step, staleness),
+    Ring(step, staleness, every),
     staleness,
     has_denominators=denominator is not None,
-    passes=step.passes(),
+    passes=step.passes() if every == 1 else None,
   )
 
 
@@ -221,19 +230,27 @@ def wrap(
 class ConAdvStep(Step):
   """Trains on the batch that has waited, and attacks the newest."""
 
-  def enter(self, call: Call, batch: Batch, key: Any) -> Queue:
-    """The entry of a batch."""
-    return Queue(batch, self.craft(call, batch, key))
+  def enter(self, call: Call, batch: Batch, key: Any, attacks: Any) -> Queue:
+    """The entry of a batch; without an attack its copy is the batch itself."""
+    craft = functools.partial(self.craft, call, batch, key)
+    if attacks is None:
+      return Queue(batch, craft())
+    copy = jax.lax.cond(attacks, craft, lambda: self.clean(batch))
+    return Queue(batch, copy)
 
   def like(self, newest: Batch) -> Batch:
     """The batch of the entry of `newest`, in its shapes and dtypes."""
     return newest
 
-  def run(self, call: Call, oldest: Any) -> tuple[tuple[Any, Any], Queue]:
+  def run(
+    self, call: Call, oldest: Any, turn: Turn
+  ) -> tuple[tuple[Any, Any], Queue]:
     """`((loss, aux), grads), entry`: a step, and the entry of the newest."""
-    entry = self.enter(call, call.batch, self.keys(call.key)[0])
+    attack_key = self.keys(call.key)[0]
+    entry = self.enter(call, call.batch, attack_key, turn.attacks)
     # With staleness 0 nothing waits, and the newest is trained on.
-    output = self._train(call, oldest or entry, after=entry.adversarial)
+    waiting = oldest or entry
+    output = self._train(call, waiting, entry.adversarial, turn.trains)
     return output, entry
 
   def denominators(self, oldest: Any, newest: Batch) -> Denominators:
@@ -241,10 +258,13 @@ class ConAdvStep(Step):
     clean = oldest.batch if oldest else newest
     return self.divisors(clean, self.part(clean))
 
-  def _train(self, call: Call, waiting: Queue, after: Any = None) -> Any:
-    part = self.part(waiting.batch)
-    attacked = self.leaf.set(part, waiting.adversarial)
-    return self.train(call, waiting.batch, attacked, after=after)[0]
+  def _train(
+    self, call: Call, waiting: Queue, after: Any = None, trains: Any = None
+  ) -> Any:
+    attacked = self.leaf.set(self.part(waiting.batch), waiting.adversarial)
+    return self.train(
+      call, waiting.batch, attacked, after=after, trains=trains
+    )[0]
 
   def passes(self) -> Passes:
     """Craft and train apart, for callers who have checked nothing."""
