@@ -36,11 +36,15 @@ class Linen(nn.Module):
     return nn.Dense(1)(jnp.tanh(x))
 
 
+@functools.cache
+def variables_of_linen():
+  [batch] = make_batches(1)
+  return jax.jit(Linen().init)(jax.random.key(1), batch['image'])
+
+
 def linen(axis=None, groups=None):
   """A loss, its parameters and statistics."""
-  net = Linen(axis, groups)
-  batch = make_batches(1)[0]
-  variables = Linen().init(jax.random.key(1), batch['image'])
+  net, variables = Linen(axis, groups), variables_of_linen()
 
   def loss_fn(params, model_state, batch):
     output, new = net.apply(
@@ -67,7 +71,9 @@ def haiku(axis=None, groups=None):
   net = hk.transform_with_state(forward)
   [batch] = make_batches(1)
   # Outside of devices there is no axis yet.
-  params, model_state = net.init(jax.random.key(1), batch['image'], None, None)
+  params, model_state = jax.jit(net.init, static_argnums=(2, 3))(
+    jax.random.key(1), batch['image'], None, None
+  )
 
   def loss_fn(params, model_state, batch):
     output, model_state = net.apply(
@@ -84,29 +90,30 @@ def on_libraries(test):
   return mark(jax.numpy_dtype_promotion('standard')(test))
 
 
-def two_steps(grad_fn, params, model_state, batches, place=lambda b: b):
-  """Two steps, compiled and then not; what they returned."""
-  batches, tau = [place(batch) for batch in batches], grad_fn.staleness
-  state = grad_fn.init(params, batches[:tau], model_state=model_state)
-  returned = []
-  for batch, step in zip(
-    batches[tau : tau + 2],
-    (jax.jit(grad_fn.value_and_grad), grad_fn.value_and_grad),
-    strict=True,
-  ):
-    (loss, aux), grads, state = step(
-      params, state, batch, model_state=model_state
-    )
-    model_state = aux.model_state
-    returned.append((loss, aux.losses, model_state, grads))
-  return returned
+def two_steps(grad_fn, params, model_state, batches):
+  """What two steps in one program return."""
+
+  def run(params, model_state, batches):
+    first, *rest = batches
+    state = grad_fn.init(params, [first], model_state=model_state)
+
+    def step(carry, batch):
+      model_state, state = carry
+      (loss, aux), grads, state = grad_fn.value_and_grad(
+        params, state, batch, model_state=model_state
+      )
+      history = loss, aux.losses, aux.model_state, grads
+      return (aux.model_state, state), history
+
+    rest = jax.tree.map(lambda *x: jnp.stack(x), *rest)
+    return jax.lax.scan(step, (model_state, state), rest)[1]
+
+  return jax.jit(run)(params, model_state, batches)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', KINDS, ids=str)
 @on_libraries
-def test_synchronised_statistics_are_those_of_the_whole_batch(library, kind):
-  mesh = make_mesh(8, kind=kind)
+def test_synchronised_statistics_are_those_of_the_whole_batch(library):
   loss_fn, params, model_state = library()
   alone, with_axis = (
     conadv.wrap(fn, attack=conadv.fgsm(0.1), has_state=True)
@@ -114,12 +121,14 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(library, kind):
   )
   params, model_state = conadv.dual_bn.split(params, model_state)
   expected = two_steps(alone, params, model_state, make_batches(3))
-  synchronised = two_steps(
-    conadv.data_parallel(with_axis, mesh),
-    *on(mesh, (params, model_state)),
-    make_batches(3),
-  )
-  chex.assert_trees_all_close(synchronised, expected, **CLOSE)
+  for kind in KINDS:
+    mesh = make_mesh(8, kind=kind)
+    synchronised = two_steps(
+      conadv.data_parallel(with_axis, mesh),
+      *on(mesh, (params, model_state)),
+      on(mesh, make_batches(3), 'data'),
+    )
+    chex.assert_trees_all_close(synchronised, expected, **CLOSE)
 
 
 def test_a_synchronised_gradient_is_that_of_jax_on_the_whole_batch():
@@ -190,7 +199,7 @@ def test_synchronised_statistics_with_unequal_masks(kind):
   batch['mask'] = np.ones(16, np.float32)
   batch['mask'][[1, 4, 5, 6, 9, 12, 13, 15]] = 0
   w = np.random.default_rng(1).normal(size=(FEATURES, 3)).astype(np.float32)
-  loss, grads = jax.value_and_grad(masked_norm(None))(w, batch)
+  loss, grads = jax.jit(jax.value_and_grad(masked_norm(None)))(w, batch)
   grad_fn = conadv.data_parallel(
     conadv.plain(
       masked_norm('data'), denominator=lambda batch: batch['mask'].sum()
@@ -203,10 +212,8 @@ def test_synchronised_statistics_with_unequal_masks(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', ['data', ('data', 'fsdp')], ids=str)
-@pytest.mark.parametrize('kind', KINDS, ids=str)
-def test_parameters_spread_over_a_second_axis(kind, axis):
+def test_parameters_spread_over_a_second_axis(axis):
   """Over 'fsdp' lie the parameters, and in one case the batch too."""
-  mesh = make_mesh(4, 2, names=('data', 'fsdp'), kind=kind)
   loss_fn, params, model_state = linen()
   params, model_state = conadv.dual_bn.split(params, model_state)
   grad_fn = conadv.wrap(loss_fn, attack=conadv.fgsm(0.1), has_state=True)
@@ -218,19 +225,22 @@ def test_parameters_spread_over_a_second_axis(kind, axis):
     [dealt(batch, groups) for batch in make_batches(3)],
   )
 
-  def spread(x):
-    return on(
-      mesh, x, *[None] * (x.ndim - 1), *['fsdp'][: x.shape[-1] % 2 == 0]
-    )
+  for kind in KINDS:
+    mesh = make_mesh(4, 2, names=('data', 'fsdp'), kind=kind)
 
-  got = two_steps(
-    conadv.data_parallel(grad_fn, mesh, axis=axis),
-    jax.tree.map(spread, params),
-    on(mesh, model_state),
-    make_batches(3),
-    lambda batch: on(mesh, batch, axis),
-  )
-  chex.assert_trees_all_close(got, expected, **CLOSE)
+    def spread(x, mesh=mesh):
+      return on(
+        mesh, x, *[None] * (x.ndim - 1), *['fsdp'][: x.shape[-1] % 2 == 0]
+      )
+
+    got = two_steps(
+      conadv.data_parallel(grad_fn, mesh, axis=axis),
+      jax.tree.map(spread, params),
+      # A statistic lies as the columns that it is of.
+      on(mesh, model_state, *['fsdp'][: axis == 'data']),
+      on(mesh, make_batches(3), axis),
+    )
+    chex.assert_trees_all_close(got, expected, **CLOSE)
 
 
 METHODS = {
@@ -241,48 +251,60 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('spread', ['devices', 'micro-batches'])
-@pytest.mark.parametrize('kind', KINDS, ids=str)
-@pytest.mark.parametrize('method', list(METHODS))
-def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
-  """What a method keeps of it lies as it does, and so does its square."""
+@functools.cache
+def four_groups(method, mesh=None):
+  """Three steps on as many devices, or of as many micro-batches."""
 
   def loss_fn(w, batch):
     return jnp.mean(jnp.tanh(batch['image'] @ w) ** 2)
 
-  def made(groups):
-    grad_fn = METHODS[method](conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)))
-    return groups(grad_fn, second_moment=True)
+  grad_fn = METHODS[method](conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)))
+  if mesh is None:
+    grad_fn = conadv.accumulate(grad_fn, 4, second_moment=True)
+  else:
+    grad_fn = conadv.data_parallel(grad_fn, mesh, second_moment=True)
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def run(grad_fn, w, batches):
+  @jax.jit
+  def run(w, batches):
     keys = jax.random.split(jax.random.key(0))
     state = grad_fn.init(w, batches[:1], key=keys[0])
-    history = []
-    for batch in batches[1:]:
+
+    def step(carry, batch):
+      w, state = carry
       (_, aux), grads, state = grad_fn.value_and_grad(
         w, state, batch, key=keys[1]
       )
       w -= grads
-      history.append((w, grads, aux.second_moment))
-    return history
+      return (w, state), (w, grads, aux.second_moment)
 
+    rest = jax.tree.map(lambda *x: jnp.stack(x), *batches[1:])
+    return jax.lax.scan(step, (w, state), rest)[1]
+
+  return run
+
+
+# What the kind changes outside of `sam` does not depend on the method.
+@pytest.mark.slow
+@pytest.mark.parametrize('spread', ['devices', 'micro-batches'])
+@pytest.mark.parametrize(
+  ('method', 'kind'),
+  [*((method, KINDS[1]) for method in METHODS), ('LookSAM', KINDS[0])],
+  ids=str,
+)
+def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
+  """What a method keeps of it lies as it does, and so does its square."""
   mesh = make_mesh(4, 2, names=('data', 'model'), kind=kind)
-  alone = made(functools.partial(conadv.accumulate, micro_batches=4))
-  groups = 1
-  spread_out = alone
-  if spread == 'devices':
-    groups = 4
-    spread_out = made(functools.partial(conadv.data_parallel, mesh=mesh))
+  on_devices = spread == 'devices'
+  run = four_groups(method, mesh if on_devices else None)
   batches = make_batches(4)
   w = np.random.default_rng(3).normal(size=(FEATURES, 8)).astype(np.float32)
-  got = run(spread_out, on(mesh, w, None, 'model'), on(mesh, batches, 'data'))
-  expected = run(alone, w, [dealt(batch, groups) for batch in batches])
+  got = run(on(mesh, w, None, 'model'), on(mesh, batches, 'data'))
+  expected = four_groups(method)(
+    w, [dealt(batch, 4 if on_devices else 1) for batch in batches]
+  )
   chex.assert_trees_all_close(got, expected, **CLOSE)
-  of_weight = NamedSharding(mesh, P(None, 'model'))
-  for _, grads, _ in got:
-    assert grads.sharding.is_equivalent_to(of_weight, 2)
+  of_weight = NamedSharding(mesh, P(None, None, 'model'))
+  assert got[1].sharding.is_equivalent_to(of_weight, 3)
 
 
 @pytest.mark.slow
@@ -346,7 +368,7 @@ def test_synchronised_statistics_with_a_device_of_padding():
   )
   _, got, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
   np.testing.assert_allclose(
-    got, jax.grad(make(None))(w, batch), rtol=1e-4, atol=1e-5
+    got, jax.jit(jax.grad(make(None)))(w, batch), rtol=1e-4, atol=1e-5
   )
 
 
