@@ -10,11 +10,13 @@ def make_section() -> dict[str, dict[str, Any]]:
   """The `methods` part of a config; each part is named after its method."""
   return {
     # Of every method that attacks for a branch of its own: how much of a batch
-    # is attacked, and towards what: a random wrong class, or away from the
-    # label. The reused gradient allows the second alone. Norm layers that keep
-    # no batch statistics can be shared by all branches, and must be.
+    # is attacked, one batch of how many, and towards what: a random wrong
+    # class, or away from the label. The reused gradient allows the second
+    # alone, of every batch. Norm layers that keep no batch statistics can be
+    # shared by all branches, and must be.
     'conadv': {
       'adversarial_fraction': 1.0,
+      'every': 1,
       'targets': 'random',
       'shared_norm': False,
     },

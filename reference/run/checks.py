@@ -144,6 +144,12 @@ _RULES = (
     'Likely meant in percent: `--config.{field}=0.2`.',
   ),
   _Rule(
+    'methods.conadv.every',
+    lambda x: x >= 1,
+    'one batch of how many is attacked, 1 or more',
+    'For all of them write `--config.{field}=1`.',
+  ),
+  _Rule(
     'lars.peak',
     lambda x: 0 < x < math.inf,
     'the largest learning rate, more than 0',
@@ -204,6 +210,13 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         f'`{field}` must be one of {", ".join(allowed)}. Given {given!r}. '
         f'Likely misspelt: `--config.{field}={nearest[0]}`.'
       )
+  every = config.methods.conadv.every
+  if config.method == 'conadv_reuse' and every > 1:
+    raise Mistake(
+      '`conadv_reuse` has no attack pass that could be left out. Given '
+      f'methods.conadv.every={every}. Attack a part of each batch: '
+      f'`--config.methods.conadv.adversarial_fraction={round(1 / every, 3)}`.'
+    )
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:

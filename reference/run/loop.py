@@ -1,8 +1,9 @@
 """The loop over the steps that are left."""
 
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -26,11 +27,18 @@ def fetch(
 ) -> dict[str, float]:
   """Reads the metrics of a step from the device, once it has run.
 
+  Those of a branch whose pass had no turn are left out: its loss is NaN, and
+  that of the step does not count it.
+
   Raises:
     Diverged: when one is infinite or not a number, which stops a run before
       what has diverged is saved.
   """
   read = {name: float(x) for name, x in jax.device_get(values).items()}
+  if math.isfinite(read['loss']):
+    for name in [x for x in read if x.startswith('loss_')]:
+      if math.isnan(read[name]):
+        del read[name], read[name.replace('loss_', 'accuracy_')]
   bad = {
     name: x
     for name, x in read.items()
@@ -44,6 +52,15 @@ def fetch(
       f'another --workdir. The last good checkpoint stays in {workdir}.'
     )
   return read
+
+
+def average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+  """The mean of each metric over the steps that have it."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  return {
+    name: statistics.fmean(row[name] for row in rows if name in row)
+    for name in names
+  }
 
 
 def run_steps(
@@ -119,10 +136,7 @@ def run_steps(
       row: dict[str, float] = {
         'step': done,
         'epoch': done / steps * config.epochs,
-        **{
-          name: sum(values[name] for values in window) / len(window)
-          for name in window[0]
-        },
+        **average(window),
         **{name: x for name, x in window[-1].items() if name in _RUNNING},
         'images_per_second': len(window) * config.batch_size / seconds,
         'skipped_since_start': sum(hosts.gather(len(skipped))),

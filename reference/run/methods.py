@@ -312,6 +312,7 @@ def make_group_gradient(
     # The first batches of `conadv_reuse` are attacked as all later ones.
     has_branch=method.gradient != 'conadv_reuse',
     adversarial_fraction=numbers.conadv.adversarial_fraction,
+    every=numbers.conadv.every,
     has_state=True,
     has_aux=True,
     has_key=True,

@@ -364,9 +364,10 @@ def run(
     'gap': fitted - accuracy,
     'seconds_a_step': statistics.median(seconds),
   }
+  means = loop.average(last_epoch)
   for name in ('loss_main', 'loss_adversarial'):
-    if name in last_epoch[0]:
-      row[name] = statistics.fmean(values[name] for values in last_epoch)
+    if name in means:
+      row[name] = means[name]
   if final:
     row |= _measure(config, measures, state, data, place)
   return row | {'seconds': time.perf_counter() - started}
