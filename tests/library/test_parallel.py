@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import init_model, loss_fn, make_batch
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
@@ -14,23 +14,10 @@ import conadv_optax as conadv
 DEVICES = 8
 KINDS = {
   'advprop': {'staleness': 0},
-  'conadv': {'staleness': 1},
   'stale': {'staleness': 3},
-  'reuse': {'staleness': 1, 'reuse_gradient': True},
   'fraction': {'staleness': 1, 'adversarial_fraction': 0.5},
 }
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
-
-
-# What an explicit mesh changes does not depend on the kind: two stand for all.
-on_meshes = pytest.mark.parametrize(
-  ('kind', 'axis_type'),
-  [
-    *((kind, AxisType.Auto) for kind in KINDS),
-    ('stale', AxisType.Explicit),
-    ('fraction', AxisType.Explicit),
-  ],
-)
 
 
 def make_mesh(axis_type=AxisType.Auto):
@@ -53,30 +40,28 @@ def make_batches(num=6, size=32):
 def run(grad_fn, batches, mesh=None):
   """Gradient descent; the last loss, gradients, statistics and states."""
   params, model_state = conadv.dual_bn.split(*init_model())
-
-  def place(batch):
-    if mesh is None:
-      return batch
-    return jax.device_put(batch, NamedSharding(mesh, P('data')))
-
   if mesh is not None:
+    batches = jax.device_put(batches, NamedSharding(mesh, P('data')))
     params, model_state = jax.device_put(
       (params, model_state), NamedSharding(mesh, P())
     )
   tau = grad_fn.staleness
-  state = jax.jit(grad_fn.init)(
-    params, [place(b) for b in batches[:tau]], model_state=model_state
-  )
-  step = jax.jit(grad_fn.value_and_grad)
-  states = [state]
-  for batch in batches[tau:]:
-    (loss, aux), grads, state = step(
-      params, state, place(batch), model_state=model_state
+  state = jax.jit(grad_fn.init)(params, batches[:tau], model_state=model_state)
+
+  @jax.jit
+  def step(params, state, batch, model_state):
+    (loss, aux), grads, state = grad_fn.value_and_grad(
+      params, state, batch, model_state=model_state
     )
     params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
-    model_state = aux.model_state
+    return (loss, aux.losses, grads, aux.model_state, params), state
+
+  states = [state]
+  for batch in batches[tau:]:
+    result, state = step(params, state, batch, model_state)
+    *_, model_state, params = result
     states.append(state)
-  return (loss, aux.losses, grads, model_state, params), states
+  return result, states
 
 
 def shardings(state):
@@ -93,16 +78,17 @@ def assert_shardings_equal(first, second):
 
 
 @pytest.mark.slow
-@on_meshes
-def test_jit_over_a_sharded_batch_is_the_single_device_run(kind, axis_type):
-  batches = make_batches()
-  single, _ = run(make_grad_fn(kind), batches)
-  sharded, states = run(make_grad_fn(kind), batches, make_mesh(axis_type))
-  chex.assert_trees_all_close(sharded, single, **CLOSE)
-  assert_shardings_equal(states[0], states[-1])
-  if states[-1].queue and kind != 'fraction':
-    image = states[-1].queue.batch['image']
-    assert image.addressable_shards[0].data.shape[1] == 32 // DEVICES
+@pytest.mark.parametrize('kind', ['stale', 'fraction'])
+def test_jit_over_a_sharded_batch_is_the_single_device_run(kind):
+  grad_fn, batches = make_grad_fn(kind), make_batches()
+  single, _ = run(grad_fn, batches)
+  for axis_type in (AxisType.Auto, AxisType.Explicit):
+    sharded, states = run(grad_fn, batches, make_mesh(axis_type))
+    chex.assert_trees_all_close(sharded, single, **CLOSE)
+    assert_shardings_equal(states[0], states[-1])
+    if kind != 'fraction':
+      image = states[-1].queue.batch['image']
+      assert image.addressable_shards[0].data.shape[1] == 32 // DEVICES
 
 
 def loop_over_shards(grad_fn, batches):
@@ -114,13 +100,12 @@ def loop_over_shards(grad_fn, batches):
     size = len(batch['label']) // DEVICES
     return jax.tree.map(lambda x: x[k * size : (k + 1) * size], batch)
 
+  batches = jax.tree.map(np.asarray, batches)
+  init, step = jax.jit(grad_fn.init), jax.jit(grad_fn.value_and_grad)
   states = [
-    grad_fn.init(
-      params, [shard(b, k) for b in batches[:tau]], model_state=model_state
-    )
+    init(params, [shard(b, k) for b in batches[:tau]], model_state=model_state)
     for k in shards
   ]
-  step = jax.jit(grad_fn.value_and_grad)
   for batch in batches[tau:]:
     rows = []
     for k in shards:
@@ -128,35 +113,38 @@ def loop_over_shards(grad_fn, batches):
         params, states[k], shard(batch, k), model_state=model_state
       )
       rows.append((loss, aux.losses, grads, aux.model_state))
-    mean = jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs), axis=0), *rows)
-    params = jax.tree.map(lambda w, g: w - 0.1 * g, params, mean[2])
+    mean = jax.tree.map(lambda *xs: np.mean(np.stack(xs), axis=0), *rows)
+    params = jax.tree.map(lambda w, g: w - np.float32(0.1) * g, params, mean[2])
     model_state = mean[3]
   return (*mean, params)
 
 
 @pytest.mark.slow
-@on_meshes
-def test_data_parallel_is_a_loop_over_the_shards(kind, axis_type):
+@pytest.mark.parametrize('kind', list(KINDS))
+def test_data_parallel_is_a_loop_over_the_shards(kind):
   grad_fn = make_grad_fn(kind)
-  parallel = conadv.data_parallel(grad_fn, make_mesh(axis_type))
-  assert parallel.staleness == grad_fn.staleness
-  result, states = run(parallel, make_batches())
-  chex.assert_trees_all_close(
-    result, loop_over_shards(grad_fn, make_batches()), **CLOSE
-  )
-  assert_shardings_equal(states[0], states[-1])
-  for leaf in jax.tree.leaves(states[-1].queue):
-    assert leaf.sharding.spec[1] == 'data'
-    assert leaf.addressable_shards[0].data.shape[1] == leaf.shape[1] // DEVICES
+  expected = loop_over_shards(grad_fn, make_batches())
+  # What an explicit mesh changes does not depend on the kind.
+  axis_types = [AxisType.Auto, AxisType.Explicit][: 1 + (kind == 'stale')]
+  for axis_type in axis_types:
+    parallel = conadv.data_parallel(grad_fn, make_mesh(axis_type))
+    assert parallel.staleness == grad_fn.staleness
+    result, states = run(parallel, make_batches())
+    chex.assert_trees_all_close(result, expected, **CLOSE)
+    assert_shardings_equal(states[0], states[-1])
+    for leaf in jax.tree.leaves(states[-1].queue):
+      assert leaf.sharding.spec[1] == 'data'
+      assert (
+        leaf.addressable_shards[0].data.shape[1] == leaf.shape[1] // DEVICES
+      )
 
 
 def test_data_parallel_statistics_are_not_those_of_the_whole_batch():
   # Otherwise the test above could not tell the two apart.
-  batches = make_batches()
-  parallel, _ = run(
-    conadv.data_parallel(make_grad_fn('conadv'), make_mesh()), batches
-  )
-  whole, _ = run(make_grad_fn('conadv'), batches)
+  batches = make_batches(2)
+  grad_fn = make_grad_fn('advprop')
+  parallel, _ = run(conadv.data_parallel(grad_fn, make_mesh()), batches)
+  whole, _ = run(grad_fn, batches)
   assert abs(float(parallel[0] - whole[0])) > 1e-3
 
 
@@ -268,33 +256,9 @@ def test_the_mean_is_taken_in_float32():
   )
 
 
-@pytest.mark.slow
-def test_a_second_axis_of_the_mesh_is_left_to_the_compiler():
-  mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ('data', 'model'))
-  grad_fn = conadv.wrap(
-    lambda w, batch: jnp.mean(jnp.tanh(batch['x'] @ w) ** 2),
-    1,
-    attack=conadv.fgsm(0.1),
-    inputs='x',
-  )
-  rng = np.random.default_rng(0)
-  w = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
-  batches = [
-    {'x': jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)} for _ in range(2)
-  ]
-  expected = grad_fn.value_and_grad(
-    w, grad_fn.init(w, batches[:1]), batches[1]
-  )[1]
-  parallel = conadv.data_parallel(grad_fn, mesh)
-  sharded = jax.device_put(w, NamedSharding(mesh, P(None, 'model')))
-  state = jax.jit(parallel.init)(sharded, batches[:1])
-  _, grads, _ = jax.jit(parallel.value_and_grad)(sharded, state, batches[1])
-  chex.assert_trees_all_close(grads, expected, **CLOSE)
-
-
 @pytest.mark.parametrize('size', [4, 12, 0])
 def test_a_batch_that_the_devices_do_not_divide_is_an_error(size):
-  grad_fn = conadv.data_parallel(make_grad_fn('conadv'), make_mesh())
+  grad_fn = conadv.data_parallel(make_grad_fn('fraction'), make_mesh())
   params, model_state = init_model()
   with pytest.raises(ValueError, match='multiple of the 8 devices'):
     grad_fn.init(params, [make_batch(0, size=size)], model_state=model_state)
@@ -302,4 +266,4 @@ def test_a_batch_that_the_devices_do_not_divide_is_an_error(size):
 
 def test_an_axis_that_the_mesh_does_not_have_is_an_error():
   with pytest.raises(ValueError, match="axis='batch'"):
-    conadv.data_parallel(make_grad_fn('conadv'), make_mesh(), axis='batch')
+    conadv.data_parallel(make_grad_fn('stale'), make_mesh(), axis='batch')
