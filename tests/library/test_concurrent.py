@@ -54,10 +54,10 @@ def run(grad_fn, batches, mesh, branches=('adversarial',)):
   state = jax.jit(grad_fn.init)(
     params, batches[:tau], model_state=model_state, key=key
   )
-  step = jax.jit(grad_fn.value_and_grad)
-  rows = []
-  for t, batch in enumerate(batches[tau:]):
-    (loss, aux), grads, state = step(
+
+  @jax.jit
+  def step(params, state, batch, model_state, t):
+    (loss, aux), grads, state = grad_fn.value_and_grad(
       params,
       state,
       batch,
@@ -65,8 +65,13 @@ def run(grad_fn, batches, mesh, branches=('adversarial',)):
       key=jax.random.fold_in(key, t),
     )
     params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
-    model_state = aux.model_state
-    rows.append((loss, aux, grads))
+    return (loss, aux, grads), params, state
+
+  rows = []
+  for t, batch in enumerate(batches[tau:]):
+    row, params, state = step(params, state, batch, model_state, t)
+    model_state = row[1].model_state
+    rows.append(row)
   return jax.device_get((rows, params)), state
 
 
@@ -109,16 +114,9 @@ def assert_same_as_data_parallel(layout, grad_fn, batches, **kwargs):
 
 # A layout is the rows, the devices in a row, and the attackers among them.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('layout', 'tau'),
-  [((1, 8, 2), 1), ((2, 2, 1), 1), ((1, 8, 3), 3)],
-  ids=str,
-)
-def test_is_data_parallel_over_the_trainers(layout, tau):
-  rows, roles, attackers = layout
-  size = 4 * rows * (roles - attackers)
-  batches = [make_batch(t, size=size) for t in range(tau + 4)]
-  assert_same_as_data_parallel(layout, make_grad_fn(tau), batches)
+def test_is_data_parallel_over_the_trainers():
+  batches = [make_batch(t, size=12) for t in range(7)]
+  assert_same_as_data_parallel((1, 5, 2), make_grad_fn(3), batches)
 
 
 @pytest.mark.slow
@@ -183,9 +181,7 @@ def num_bytes(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('rows', 'roles', 'attackers'), [(2, 4, 1), (1, 5, 2), (1, 4, 2)]
-)
+@pytest.mark.parametrize(('rows', 'roles', 'attackers'), [(2, 4, 1), (1, 5, 2)])
 def test_no_byte_travels_that_need_not(rows, roles, attackers):
   mesh = make_mesh(rows, roles)
   program, output = compiled_step(mesh, P('data'), attackers)
@@ -296,10 +292,17 @@ def test_attackers_alone_attack_and_trainers_alone_train():
   }
 
 
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('jit', [jax.jit, lambda fn: fn], ids=['jit', 'eager'])
-def test_runs_on_any_mesh_with_and_without_jit(axis_type, jit):
-  mesh = make_mesh(1, 3, axis_type)
+@pytest.mark.parametrize(
+  ('shape', 'axis_type', 'jit'),
+  [
+    ((1, 3), AxisType.Auto, jax.jit),
+    ((1, 3), AxisType.Explicit, lambda fn: fn),
+    ((2, 2), AxisType.Explicit, jax.jit),
+    ((2, 2), AxisType.Auto, lambda fn: fn),
+  ],
+)
+def test_runs_on_any_mesh_with_and_without_jit(shape, axis_type, jit):
+  mesh = make_mesh(*shape, axis_type)
   grad_fn = conadv.concurrent(
     conadv.wrap(
       lambda w, batch: jnp.mean((w * batch['x']) ** 2),

@@ -118,15 +118,17 @@ def compiled(kind, groups):
 
   @jax.jit
   def run(batches):
-    w = jnp.asarray(START)
-    state = grad_fn.init(w, batches[: grad_fn.staleness])
-    history = []
-    for batch in batches[grad_fn.staleness :]:
+    w, tau = jnp.asarray(START), grad_fn.staleness
+
+    def step(carry, batch):
+      w, state = carry
       (loss, aux), grads, state = grad_fn.value_and_grad(w, state, batch)
       w -= RATE * grads
       parts = sum(WEIGHTS[name] * x for name, x in aux.losses.items())
-      history.append((w, loss, parts))
-    return history
+      return (w, state), (w, loss, parts)
+
+    rest = jax.tree.map(lambda *x: jnp.stack(x), *batches[tau:])
+    return jax.lax.scan(step, (w, grad_fn.init(w, batches[:tau])), rest)[1]
 
   return run
 
@@ -142,16 +144,19 @@ def check(run, naive, masks, *, rtol=2e-4):
   batches = [
     {**batch, 'mask': mask} for batch, mask in zip(BATCHES, masks, strict=True)
   ]
-  for (w, loss, parts), (expected_w, expected_loss) in zip(
-    run(batches), naive(batches), strict=True
-  ):
-    np.testing.assert_allclose(w, expected_w, rtol=rtol, atol=2e-5)
-    np.testing.assert_allclose(loss, expected_loss, rtol=rtol)
-    np.testing.assert_allclose(parts, expected_loss, rtol=rtol)
+  w, loss, parts = run(batches)
+  expected_w, expected_loss = zip(*naive(batches), strict=True)
+  np.testing.assert_allclose(w, expected_w, rtol=rtol, atol=2e-5)
+  np.testing.assert_allclose(loss, expected_loss, rtol=rtol)
+  np.testing.assert_allclose(parts, expected_loss, rtol=rtol)
 
 
+# Micro-batches and devices alone have a test of every staleness.
 @pytest.mark.slow
-@pytest.mark.parametrize('groups', list(GROUPS))
+@pytest.mark.parametrize(
+  'groups',
+  [name for name in GROUPS if name not in ('micro-batches', 'devices')],
+)
 def test_groups_give_the_gradient_of_the_whole_batch(groups):
   run = compiled({'staleness': 1}, groups)
 
@@ -278,8 +283,15 @@ def test_statistics_and_metrics_are_averaged_likewise(groups):
   chex.assert_tree_all_finite(aux)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize('groups', ['micro-batches', 'devices', 'both'])
+@pytest.mark.parametrize(
+  ('groups', 'dtype'),
+  [
+    ('micro-batches', jnp.bfloat16),
+    ('devices', jnp.float16),
+    ('both', jnp.bfloat16),
+    ('both', jnp.float32),
+  ],
+)
 def test_gradients_keep_the_dtype_of_the_parameters(groups, dtype):
   def loss(w, batch):
     error = batch['x'].astype(dtype) @ w * batch['mask'].astype(dtype)
@@ -300,7 +312,7 @@ def test_gradients_keep_the_dtype_of_the_parameters(groups, dtype):
   )
 
 
-@pytest.mark.parametrize('groups', [1, 4, 64, 256, 1024])
+@pytest.mark.parametrize('groups', [1, 64, 1024])
 def test_equal_groups_have_a_second_moment_of_their_square(groups):
   """Whatever their number, so that `scale_by_gsnr` leaves them alone."""
   grad_fn = conadv.accumulate(
@@ -350,9 +362,15 @@ def test_a_denominator_that_is_no_real_scalar(wrong):
   assert_says(error, '`denominator(batch)`', "batch['mask'].sum()")
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.float64])
-@pytest.mark.parametrize('groups', ['micro-batches', 'devices'])
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+  ('groups', 'dtype', 'masked'),
+  [
+    ('micro-batches', jnp.float64, False),
+    ('micro-batches', jnp.float32, True),
+    ('devices', jnp.float32, False),
+    ('devices', jnp.float64, True),
+  ],
+)
 def test_second_moments_with_64_bits_enabled(groups, dtype, masked):
   with jax.enable_x64(True):
     loss = conadv.plain(
