@@ -84,53 +84,65 @@ def sine(x):
   return jnp.sum(jnp.sin(3 * x) * jnp.cos(jnp.arange(x.size).reshape(x.shape)))
 
 
-climb = jax.grad(sine)
-
-
-@pytest.mark.slow
-@attacks
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_attack_keeps_shape_and_dtype(case, dtype):
-  attack, x = case.make(), make_batch(0, dtype)['x']
-  key = jax.random.key(1) if attack.draws else None
-  perturbed = jax.jit(lambda x: attack.craft(key, climb, x))(x)
-  chex.assert_trees_all_equal_shapes_and_dtypes(perturbed, x)
-  chex.assert_tree_all_finite(perturbed)
-  assert jnp.any(perturbed != x)
-  if attack.reuse is not None:
-    reused = attack.reuse(climb(x.astype(jnp.float32)), x)
-    chex.assert_trees_all_equal_shapes_and_dtypes(reused, x)
+climb = jax.jit(jax.grad(sine))
 
 
 @attacks
-def test_attack_in_a_scan_is_a_loop(case):
+def test_attack_keeps_shape_and_dtype(case):
   attack = case.make()
-  inputs = jnp.stack([make_batch(seed)['x'] for seed in range(3)])
-  keys = jax.random.split(jax.random.key(1), 3)
-  _, scanned = jax.lax.scan(
-    lambda _, args: (None, attack.craft(args[0], climb, args[1])),
-    None,
-    (keys, inputs),
-  )
-  looped = [
-    attack.craft(key, climb, x) for key, x in zip(keys, inputs, strict=True)
+  key = jax.random.key(1) if attack.draws else None
+  inputs = [
+    make_batch(0, dtype)['x']
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
   ]
-  chex.assert_trees_all_close(scanned, jnp.stack(looped), atol=1e-5)
-
-
-@attacks
-def test_attack_compiles_once_for_traced_epsilons(case):
-  x, key, traces = make_batch(0)['x'], jax.random.key(1), []
 
   @jax.jit
-  def craft(epsilon):
-    traces.append(0)
+  def craft(inputs):
+    perturbed = [attack.craft(key, climb, x) for x in inputs]
+    if attack.reuse is None:
+      return perturbed, inputs
+    reused = [attack.reuse(climb(x.astype(jnp.float32)), x) for x in inputs]
+    return perturbed, reused
+
+  perturbed, reused = craft(inputs)
+  chex.assert_trees_all_equal_shapes_and_dtypes(perturbed, inputs)
+  chex.assert_trees_all_equal_shapes_and_dtypes(reused, inputs)
+  chex.assert_tree_all_finite(perturbed)
+  for new, x in zip(perturbed, inputs, strict=True):
+    assert np.any(np.asarray(new) != np.asarray(x))
+
+
+@attacks
+def test_attack_in_a_scan_with_fixed_epsilons_is_a_loop_with_traced_ones(case):
+  inputs = np.stack([make_batch(seed)['x'] for seed in range(3)])
+  keys, traces = jax.random.split(jax.random.key(1), 3), []
+  epsilons = (0.0, 0.1, 0.4)
+
+  def craft(epsilon, key, x):
     return case.make(epsilon=epsilon).craft(key, climb, x)
 
-  for epsilon in (0.0, 0.1, 0.4):
-    fixed = case.make(epsilon=epsilon).craft(key, climb, x)
-    chex.assert_trees_all_close(craft(jnp.float32(epsilon)), fixed, atol=1e-5)
-  assert len(traces) == 1
+  @jax.jit
+  def scan():
+    return jax.lax.scan(
+      lambda _, args: (None, [craft(epsilon, *args) for epsilon in epsilons]),
+      None,
+      (keys, inputs),
+    )[1]
+
+  @jax.jit
+  def traced(*args):
+    traces.append(0)
+    return craft(*args)
+
+  for epsilon, scanned in zip(epsilons, scan(), strict=True):
+    looped = [
+      traced(np.float32(epsilon), key, x)
+      for key, x in zip(keys, inputs, strict=True)
+    ]
+    chex.assert_trees_all_close(
+      np.asarray(scanned), np.stack(looped), atol=1e-5
+    )
+  assert len(traces) == 1, 'It compiles once while `epsilon` changes.'
 
 
 @pytest.mark.slow
@@ -235,10 +247,9 @@ def test_helper_is_pure_and_can_be_traced(case):
     given = [next(fed) if isinstance(x, jax.Array) else x for x in leaves]
     return case.function(**jax.tree.unflatten(treedef, given))
 
-  made = case.make()
-  chex.assert_trees_all_equal(case.make(), made)
+  # With arrays that are fixed in the program, and with traced ones.
   chex.assert_trees_all_close(
-    jax.jit(call)(*arrays), made, rtol=1e-5, atol=1e-6
+    jax.jit(call)(*arrays), jax.jit(case.make)(), rtol=1e-5, atol=1e-6
   )
   after, same_treedef = jax.tree.flatten(case.arguments)
   assert same_treedef == treedef
