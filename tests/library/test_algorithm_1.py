@@ -120,9 +120,9 @@ def assert_same_run(rows, naive_rows):
     chex.assert_trees_all_close(to_naive(params), theta, **close)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('tau', [0, 1, 2, 3])
-@pytest.mark.parametrize('steps_of_attack', [1, 3])
+@pytest.mark.parametrize(
+  ('tau', 'steps_of_attack'), [(0, 1), (0, 3), (1, 1), (2, 3), (3, 1)]
+)
 def test_is_algorithm_1_to_the_letter(tau, steps_of_attack):
   batches = [make_batch(t) for t in range(STEPS + tau)]
   attack = conadv.pgd(EPSILON, steps=steps_of_attack, random_start=False)
@@ -130,7 +130,7 @@ def test_is_algorithm_1_to_the_letter(tau, steps_of_attack):
   assert_same_run(rows, naive_conadv(tau, batches, steps_of_attack))
 
 
-@pytest.mark.parametrize('tau', [1, 2, 3])
+@pytest.mark.parametrize('tau', [1, 3])
 def test_reused_gradient_trains_on_the_newest_clean_batch(tau):
   batches = [make_batch(t) for t in range(STEPS + tau)]
   rows = run_wrap(

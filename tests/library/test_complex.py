@@ -1,6 +1,7 @@
 """Complex parameters: the methods of pairs of reals, in NumPy."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from meshes import CLOSE, make_mesh
+from meshes import CLOSE, make_mesh, on
 
 import conadv_optax as conadv
 
@@ -143,18 +144,18 @@ def test_noise_has_the_deviation_of_its_rate():
   w = jnp.zeros(4000, jnp.complex64)
   key = jax.random.key(0)
   state = grad_fn.init(w, [], key=key)
-  _, grads, _ = grad_fn.value_and_grad(w, state, jnp.ones(1), key=key)
+  step = jax.jit(grad_fn.value_and_grad)
+  _, grads, _ = step(w, state, jnp.ones(1), key=key)
   noise = np.asarray(grads) * 4000 / 2
   np.testing.assert_allclose(np.mean(np.abs(noise) ** 2), 0.25, rtol=0.05)
   np.testing.assert_allclose(np.std(noise.real), np.std(noise.imag), rtol=0.1)
 
 
+explicit = make_mesh(4, kind=AxisType.Explicit)
 GROUPS = {
   'micro-batches': lambda fn, **kw: conadv.accumulate(fn, 4, **kw),
   'devices': lambda fn, **kw: conadv.data_parallel(fn, make_mesh(4), **kw),
-  'explicit': lambda fn, **kw: conadv.data_parallel(
-    fn, make_mesh(4, kind=AxisType.Explicit), **kw
-  ),
+  'explicit': lambda fn, **kw: conadv.data_parallel(fn, explicit, **kw),
 }
 
 
@@ -285,33 +286,45 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('spread', ['alone', *GROUPS])
-@pytest.mark.parametrize('method', list(METHODS))
+def spread_methods():
+  """Every method alone, over micro-batches and on one kind of devices."""
+  kinds = itertools.cycle(['devices', 'explicit'])
+  return [
+    (method, spread)
+    for method, kind in zip(METHODS, kinds, strict=False)
+    for spread in ('alone', 'micro-batches', kind)
+  ]
+
+
+@pytest.mark.parametrize(('method', 'spread'), spread_methods())
 def test_a_complex_weight_is_a_pair_of_reals(method, spread):
   def of_pair(pair, batch):
     return loss_fn(jax.lax.complex(*pair), batch)
 
   w, batch = make_problem(3)
-  pair = (jnp.real(w), jnp.imag(w))
-  spread_out = GROUPS.get(spread, lambda fn: fn)
-  whole, parts = (
-    _trajectory(spread_out(METHODS[method](fn)), batch)
-    for fn in (loss_fn, of_pair)
+  begin = w, (w.real, w.imag)
+  if spread == 'explicit':
+    begin = on(explicit, begin)
+  whole, (real, imaginary) = (
+    _trajectory(
+      GROUPS.get(spread, lambda fn: fn)(METHODS[method](fn)), params, batch
+    )
+    for fn, params in zip((loss_fn, of_pair), begin, strict=True)
   )
-  for z, (real, imaginary) in zip(whole(w), parts(pair), strict=True):
-    np.testing.assert_allclose(jnp.real(z), real, **CLOSE)
-    np.testing.assert_allclose(jnp.imag(z), imaginary, **CLOSE)
+  np.testing.assert_allclose(whole.real, real, **CLOSE)
+  np.testing.assert_allclose(whole.imag, imaginary, **CLOSE)
 
 
-def _trajectory(grad_fn, batch):
+def _trajectory(grad_fn, params, batch):
+  def step(carry, _):
+    params, state = carry
+    _, grads, state = grad_fn.value_and_grad(params, state, batch)
+    params = jax.tree.map(lambda w, g: w - 0.1 * jnp.conj(g), params, grads)
+    return (params, state), params
+
   @jax.jit
   def run(params):
-    state, history = grad_fn.init(params, [batch] * grad_fn.staleness), []
-    for _ in range(4):
-      _, grads, state = grad_fn.value_and_grad(params, state, batch)
-      params = jax.tree.map(lambda w, g: w - 0.1 * jnp.conj(g), params, grads)
-      history.append(params)
-    return history
+    state = grad_fn.init(params, [batch] * grad_fn.staleness)
+    return jax.lax.scan(step, (params, state), length=4)[1]
 
-  return run
+  return jax.tree.map(np.asarray, run(params))

@@ -49,9 +49,9 @@ def seen_by(weights, traced, spread=lambda fn: fn):
 
   values = list(weights.values())
   if traced:
-    new = jax.jit(step)([jnp.float32(value) for value in values])
+    new = jax.jit(step)([np.float32(value) for value in values])
   else:
-    new = step(values)
+    new = jax.jit(lambda: step(values))()
   assert int(new['calls']) == 1
   return float(new['mean'])
 
@@ -105,30 +105,38 @@ def distance(x, y):
   x, y = (
     jax.tree.map(lambda leaf: leaf.astype(jnp.float32), t) for t in (x, y)
   )
-  return float(optax.tree.norm(optax.tree.sub(x, y)) / optax.tree.norm(y))
+  return optax.tree.norm(optax.tree.sub(x, y)) / optax.tree.norm(y)
 
 
 def apart(fn, batch, params, *, steps=6, radius=lambda t: t * 0.0):
   """How far each step's gradient is from the plain one of JAX."""
 
-  @jax.jit
-  def step(params, state, t):
+  def step(carry, t):
+    params, state = carry
     _, grads, state = fn(radius(t)).value_and_grad(params, state, batch)
-    return grads, jax.grad(net_loss)(params, batch), state
-
-  state, distances = fn(0.0).init(params, []), []
-  for t in range(steps):
-    grads, plain, state = step(params, state, jnp.float32(t))
-    distances.append(distance(grads, plain))
+    plain = jax.grad(net_loss)(params, batch)
     params = jax.tree.map(
       lambda w, g: w - jnp.asarray(0.01, w.dtype) * g, params, plain
     )
-  return distances
+    return (params, state), distance(grads, plain)
+
+  @jax.jit
+  def run(params):
+    carry = params, fn(0.0).init(params, [])
+    return jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.float32))[1]
+
+  return np.asarray(run(params))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('every', [2, 3])
+@pytest.mark.parametrize(
+  ('every', 'dtype'),
+  [
+    (2, jnp.float32),
+    (2, jnp.bfloat16),
+    (2, jnp.float16),
+    (3, jnp.float16),
+  ],
+)
 def test_look_sam_of_radius_zero_is_the_gradient(every, dtype):
   params, batch = make_net(dtype)
   for fn in (
@@ -199,14 +207,13 @@ def test_look_sam_keeps_little_that_is_no_rounding(slope):
 
   grad_fn = conadv.sam(loss, 2.0, every=2, reuse_weight=0.5)
   w, batch = jnp.zeros(2), jnp.ones(2)
-  state = grad_fn.init(w, [])
-  _, _, state = grad_fn.value_and_grad(w, state, batch)
-  _, grads, _ = grad_fn.value_and_grad(w, state, batch)
+  state, step = grad_fn.init(w, []), jax.jit(grad_fn.value_and_grad)
+  _, _, state = step(w, state, batch)
+  _, grads, _ = step(w, state, batch)
   # Half of the gradient's length, at a right angle to it.
   np.testing.assert_allclose(grads, [1.5, 0.5], rtol=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 def test_sam_keeps_float64(every):
   """A weight in float32 would be wrong in the eighth digit."""
@@ -219,10 +226,10 @@ def test_sam_keeps_float64(every):
 
     grad_fn = conadv.sam(loss, 0.1, every=every, reuse_weight=0.7, penalty=0.9)
     w_jax = jnp.asarray(w)
-    state = grad_fn.init(w_jax, [])
+    state, step = grad_fn.init(w_jax, []), jax.jit(grad_fn.value_and_grad)
     returned = []
     for _ in range(2):
-      _, grads, state = grad_fn.value_and_grad(w_jax, state, batch)
+      _, grads, state = step(w_jax, state, batch)
       returned.append(grads)
   g = hessian @ w
   sharp = hessian @ (w + 0.1 * g / np.linalg.norm(g))
@@ -253,7 +260,6 @@ def test_a_share_is_that_of_the_decimal(thousandths, count, unit):
     assert share_of(written, size) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('fraction', 'size', 'count'),
   [
@@ -265,23 +271,23 @@ def test_a_share_is_that_of_the_decimal(thousandths, count, unit):
   ],
 )
 def test_as_many_are_attacked(fraction, size, count):
-  batch = {'image': jnp.ones((size, 1))}
-
   def loss(w, batch):
     return jnp.mean(w * batch['image'])
 
-  attack = conadv.fgsm(0.5)
-  mixed = conadv.perturb(
-    loss, ONE, batch, attack=attack, adversarial_fraction=fraction
-  )
-  assert int(jnp.sum(mixed['image'] > 1)) == count
-  wrapped = conadv.wrap(loss, attack=attack, adversarial_fraction=fraction)
-  assert wrapped.init(ONE, [batch]).queue.adversarial.shape == (1, count, 1)
-  fast = conadv.fast_advprop(
-    loss, attack=attack, adversarial_fraction=fraction, attack_weight=0.0
-  )
-  (loss, _), _, _ = fast.value_and_grad(ONE, fast.init(ONE, []), batch)
-  chex.assert_trees_all_close(loss, 1 + 0.5 * count / size, rtol=1e-6)
+  how = {'attack': conadv.fgsm(0.5), 'adversarial_fraction': fraction}
+
+  @jax.jit
+  def run(batch):
+    mixed = conadv.perturb(loss, ONE, batch, **how)
+    waiting = conadv.wrap(loss, **how).init(ONE, [batch])
+    fast = conadv.fast_advprop(loss, attack_weight=0.0, **how)
+    output, _, _ = fast.value_and_grad(ONE, fast.init(ONE, []), batch)
+    return mixed['image'], waiting.queue.adversarial, output
+
+  mixed, waiting, (value, _) = run({'image': np.ones((size, 1), np.float32)})
+  assert np.sum(np.asarray(mixed) > 1) == count
+  assert waiting.shape == (1, count, 1)
+  chex.assert_trees_all_close(value, 1 + 0.5 * count / size, rtol=1e-6)
 
 
 @pytest.mark.parametrize('reuse', [False, True])
@@ -296,9 +302,9 @@ def test_a_nan_in_an_input_gradient_stays_out_of_the_queue(norm, reuse):
     loss, attack=conadv.fgsm(0.5, norm=norm), reuse_gradient=reuse
   )
   batch = {'image': jnp.array([[0.0, 0.0], [3.0, 0.0], [0.0, -4.0]])}
-  state = grad_fn.init(ONE, [batch])
+  state, step = grad_fn.init(ONE, [batch]), jax.jit(grad_fn.value_and_grad)
   for _ in range(2):
-    (value, _), grads, state = grad_fn.value_and_grad(ONE, state, batch)
+    (value, _), grads, state = step(ONE, state, batch)
     queue = state.queue
     waiting = queue.batch['image'] if reuse else queue.adversarial
     np.testing.assert_allclose(
