@@ -7,85 +7,50 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import tomllib
-from pathlib import Path
 from unittest import mock
 
+import forked_commands
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from forked_commands import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src import distributed, xla_bridge
 from jax.sharding import Mesh
 from run_folders import read_csv, steps_saved
-from tiny_runs import make_targets, tiny
+from tiny_runs import flags, make_targets, tiny
 
 from reference.run import hosts, storage, train
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
-CHANGES = {
-  'lars.peak': 1.0,
-  'run.checkpoint_every': 10,
-  'run.evaluate_every': STEPS,
-}
-CONFIG = tiny(steps=STEPS, **CHANGES)
-FLAGS = [
-  f'--config={ROOT}/reference/configs/digits.py',
-  *(
-    f'--config.{name}={value}'
-    for name, value in {
-      **CHANGES,
-      'batch_size': CONFIG.batch_size,
-      'epochs': CONFIG.epochs,
-      'lars.warmup_epochs': CONFIG.lars.warmup_epochs,
-      'model.stage_sizes': '(1,)',
-      'model.filters': CONFIG.model.filters,
-      'run.log_every': CONFIG.run.log_every,
-    }.items()
-  ),
-]
-# Slow steps: the run must not end before a signal to one process has reached
-# the other.
-SLOW = """
-import time
-from reference import command, main
-from reference.run import loop
-def fetch(*arguments, fetch=loop.fetch, **keywords):
-  time.sleep(0.2)
-  return fetch(*arguments, **keywords)
-loop.fetch = fetch
-command.run(main.main)
-"""
+CONFIG = tiny(
+  steps=STEPS,
+  **{
+    'lars.peak': 1.0,
+    'run.checkpoint_every': 10,
+    'run.evaluate_every': STEPS,
+  },
+)
+# By a signal to the second process. The first has it a second or two later.
+STOPPED = forked_commands.STOPPED.format(
+  kill='jax.process_index() and os.kill(os.getpid(), signal.SIGUSR1)'
+)
 
 
-def start(*command):
-  return subprocess.Popen(
-    [sys.executable, *command],
-    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def start_pair(workdirs, *own_flags, program=('-m', 'reference.main')):
+def run_pair(workdir, *own_flags, program=('-m', 'reference.main')):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  return [
-    start(
+  processes = [
+    forked_commands.Command(
       *program,
-      *FLAGS,
-      f'--workdir={workdirs[index]}',
+      *flags(CONFIG),
+      f'--workdir={workdir}',
       f'--coordinator=127.0.0.1:{port}',
       '--num_processes=2',
       f'--process_id={index}',
@@ -93,14 +58,8 @@ def start_pair(workdirs, *own_flags, program=('-m', 'reference.main')):
     )
     for index in range(2)
   ]
-
-
-def finish(processes):
-  ends = [process.communicate(timeout=300) for process in processes]
-  return [
-    (process.returncode, *end)
-    for process, end in zip(processes, ends, strict=True)
-  ]
+  ends = [process.finish() for process in processes]
+  return [(end.returncode, end.stdout, end.stderr) for end in ends]
 
 
 def read_state(workdir, target):
@@ -110,29 +69,19 @@ def read_state(workdir, target):
     ).state
 
 
-def wait_for_row(workdir, processes):
-  path = workdir / 'metrics.csv'
-  while not path.exists() or len(read_csv(workdir)) < 2:
-    assert all(process.poll() is None for process in processes)
-    time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_two_processes_that_are_stopped_and_resumed_are_one(
   tmp_path, monkeypatch
 ):
   alone, pair = tmp_path / 'alone', tmp_path / 'pair'
-  processes = start_pair([pair, pair], program=('-c', SLOW))
-  wait_for_row(pair, processes)
-  processes[1].send_signal(signal.SIGUSR1)
-  stopped = finish(processes)
+  stopped = run_pair(pair, program=('-c', STOPPED))
   assert [code for code, _, _ in stopped] == [138, 138], stopped
   # Both at the same step, or the arrays of the checkpoint would be missing.
   newest = steps_saved(pair)[-1]
   assert newest < STEPS
   assert f'Stopped by SIGUSR1 after step {newest} of' in stopped[0][1]
 
-  resumed = finish(start_pair([pair, pair]))
+  resumed = run_pair(pair)
   assert [code for code, _, _ in resumed] == [0, 0], resumed
   assert '2 cpu device(s)' in resumed[0][1]
   assert f'; {newest} of {STEPS} steps done' in resumed[0][1]
@@ -173,7 +122,7 @@ def test_two_processes_that_are_stopped_and_resumed_are_one(
 
 @pytest.mark.slow
 def test_processes_that_differ_do_not_start(tmp_path):
-  ends = finish(start_pair([tmp_path, tmp_path], '--config.lars.peak=3.0'))
+  ends = run_pair(tmp_path, '--config.lars.peak=3.0')
   for code, _, err in ends:
     assert code not in (0, 143)
     assert 'All processes must have the same config' in err

@@ -6,10 +6,9 @@ import itertools
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked_commands
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -40,17 +39,6 @@ def target(tmp_path):
   return tmp_path / 'shards'
 
 
-def run(code, source, target):
-  """Runs code that may die, in a process of its own."""
-  root = Path(__file__).parents[2]
-  return subprocess.run(
-    [sys.executable, '-c', code, str(source), str(target)],
-    env={**os.environ, 'PYTHONPATH': str(root)},
-    capture_output=True,
-    text=True,
-  )
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -72,7 +60,6 @@ preparation.prepare(source, target, images_per_shard=4)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('patch', 'finished', 'checked'),
   [
@@ -87,7 +74,8 @@ preparation.prepare(source, target, images_per_shard=4)
 def test_killed_and_resumed(
   patch, finished, checked, source, target, tmp_path, monkeypatch
 ):
-  result = run(KILLED.format(patch=patch), source, target)
+  code = KILLED.format(patch=patch)
+  result = forked_commands.run('-c', code, source, target)
   assert result.returncode == -9, result.stderr
   whole = [path for path in target.iterdir() if path.suffix == '.array_record']
   assert len(whole) == finished
@@ -407,20 +395,10 @@ def test_an_image_that_disappears_meanwhile(source, target, monkeypatch):
   assert names(target) == ['manifest.json']
 
 
-@pytest.mark.slow
 def test_the_command_from_end_to_end(source, target):
-  root = Path(__file__).parents[2]
-
   def command(*flags):
-    return subprocess.run(
-      [sys.executable, '-m', 'reference.prepare_data', *flags],
-      env={
-        **os.environ,
-        'PYTHONPATH': str(root),
-        'HOME': str(source.parent),
-      },
-      capture_output=True,
-      text=True,
+    return forked_commands.run(
+      '-m', 'reference.prepare_data', *flags, HOME=str(source.parent)
     )
 
   break_two(source)

@@ -5,18 +5,17 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import forked_commands
 import numpy as np
 import pytest
+from forked_commands import ROOT
 from PIL import Image
 from run_folders import read_csv, steps_saved
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / 'reference' / 'README.md').read_text()
 [EXAMPLE] = re.findall(r'```python\n(import json\n.*?)```', README, re.S)
 CLASSES = ('n1', 'n2', 'n3', 'n4')
@@ -33,17 +32,9 @@ TINY = (
   f'--config.run.evaluate_every={STEPS}',
   f'--config.run.checkpoint_every={STEPS}',
 )
-# The run must not end before Ctrl-C has reached it.
-SLOW = """
-import time
-from reference import command, main
-from reference.run import loop
-def fetch(*arguments, fetch=loop.fetch, **keywords):
-  time.sleep(0.5)
-  return fetch(*arguments, **keywords)
-loop.fetch = fetch
-command.run(main.main)
-"""
+STOPPED = forked_commands.STOPPED.format(
+  kill='os.kill(os.getpid(), signal.SIGINT)'
+)
 # What the README's lines need beside the model, where the project is not.
 SERVING = f"""
 import sys
@@ -53,17 +44,10 @@ pixels = np.load('images.npy')
 {EXAMPLE}
 np.save('logits.npy', logits)
 """
-ENVIRONMENT = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
 
 
-def run(*command, cwd=ROOT):
-  result = subprocess.run(
-    [sys.executable, *map(str, command)],
-    env=ENVIRONMENT,
-    cwd=cwd,
-    capture_output=True,
-    text=True,
-  )
+def run(*command):
+  result = forked_commands.run(*command)
   assert result.returncode == 0, result.stderr
   return result.stdout
 
@@ -98,29 +82,10 @@ def write_images(folder):
 
 def train_until_ctrl_c(data, workdir):
   """What the run said."""
-  # What runs in the background of a shell ignores it.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    process = subprocess.Popen(
-      [sys.executable, '-c', SLOW, *make_flags(data, workdir)],
-      env=ENVIRONMENT,
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-  finally:
-    signal.signal(signal.SIGINT, before)
-  said = []
-  for line in process.stdout:
-    said.append(line)
-    if ' step 2, ' in line:
-      process.send_signal(signal.SIGINT)
-      break
-  out, err = process.communicate(timeout=60)
-  said = ''.join(said) + out
-  assert (process.returncode, 'Traceback' in err) == (130, False), said + err
-  return said
+  result = forked_commands.run('-c', STOPPED, *make_flags(data, workdir))
+  assert result.returncode == 130, result.stderr
+  assert 'Traceback' not in result.stderr
+  return result.stdout
 
 
 def export(workdir, out):
@@ -185,7 +150,12 @@ def test_the_export_is_evaluated_and_serves_elsewhere(story, tmp_path):
 
   np.save(tmp_path / 'images.npy', [np.array(Image.open(x)) for x in paths])
   shutil.copytree(model, tmp_path / 'my_model')
-  run('-I', '-c', SERVING, cwd=tmp_path)
+  subprocess.run(
+    [sys.executable, '-I', '-c', SERVING],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    cwd=tmp_path,
+    check=True,
+  )
   logits = np.load(tmp_path / 'logits.npy').astype(np.float64)
   p = np.exp(logits)
   p /= p.sum(axis=1, keepdims=True)

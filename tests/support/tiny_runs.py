@@ -1,10 +1,8 @@
 """The main job with a net of one block, and what its runs restore to."""
 
-from digit_steps import first_state
-
 from reference.configs import digits
 from reference.data import input_pipeline, sources
-from reference.run import methods, train
+from reference.run import checkpoint, methods, train
 
 BATCH = 16
 
@@ -29,14 +27,22 @@ def tiny(method='conadv', *, steps=3, **overrides):
   return config
 
 
+def flags(config):
+  """Those with which `reference.main` runs it."""
+  default = checkpoint.fields(digits.get_config())
+  return [
+    f'--config.{name}={tuple(value) if isinstance(value, list) else value}'
+    for name, value in checkpoint.fields(config).items()
+    if value != default[name]
+  ]
+
+
 def make_targets(config):
-  """A state and an iterator to restore to."""
+  """The shapes of a state and an iterator, to restore to."""
   mesh = train.make_mesh(config.batch_size)
-  place = train.make_placement(mesh)
   source = sources.open_source(config.data)
   batches = input_pipeline.train_batches(source, config, skipped={})
   model = train.make_model(config, num_classes=source.num_classes)
   tx, _, _ = train.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
-  first = [place(next(batches))]
-  return first_state(config, model, tx, grad_fn, mesh, first), batches
+  return train.describe_state(config, model, tx, grad_fn, mesh), batches
