@@ -106,8 +106,17 @@ def test_one_that_is_long_dead_is_not_waited_for(tmp_path, living):
   assert time.monotonic() - started < 30
 
 
-@pytest.mark.slow
-def test_a_living_run_of_another_host_keeps_the_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def impatient(monkeypatch):
+  """Looks more often whether another run lives, for as long as before."""
+  monkeypatch.setattr(
+    lock.time, 'sleep', lambda seconds, sleep=time.sleep: sleep(0.01)
+  )
+
+
+def test_a_living_run_of_another_host_keeps_the_folder(
+  tmp_path, monkeypatch, impatient
+):
   """Its heart beats here, for a process that is not here."""
   monkeypatch.setattr(lock, '_SILENT', 20.0)
   monkeypatch.setattr(lock, '_BEAT', 0.05)
@@ -122,8 +131,7 @@ def test_a_living_run_of_another_host_keeps_the_folder(tmp_path, monkeypatch):
   assert locks(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_of_many_at_once_no_two_hold_it(tmp_path):
+def test_of_many_at_once_no_two_hold_it(tmp_path, impatient):
   barrier = threading.Barrier(8)
   taken = []
 
