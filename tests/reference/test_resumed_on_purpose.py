@@ -20,19 +20,19 @@ def changes(workdir, step):
 
 @pytest.mark.slow
 def test_a_run_is_lengthened_on_purpose_alone(tmp_path, capsys):
-  train.train(tiny(), tmp_path)
-  longer = tiny(steps=6)
+  short, longer = (tiny('vanilla', steps=steps) for steps in (3, 6))
+  train.train(short, tmp_path)
   with pytest.raises(command.Mistake, match=r'epochs: given.*(?s:.*)--extend'):
     train.train(longer, tmp_path)
   capsys.readouterr()
   train.train(longer, tmp_path, accept=(agreement.SCHEDULE,))
-  epochs = f'epochs {tiny().epochs} -> {longer.epochs}'
+  epochs = f'epochs {short.epochs} -> {longer.epochs}'
   out = capsys.readouterr().out
   assert f'3 of 6 steps done.\nFrom step 3 on: {epochs}.' in out
   assert steps_saved(tmp_path) == [4, 6]
   for step in (4, 6):
     assert changes(tmp_path, step) == [
-      {'step': 3, 'epochs': [tiny().epochs, longer.epochs]}
+      {'step': 3, 'epochs': [short.epochs, longer.epochs]}
     ]
   rows = read_csv(tmp_path)
   assert [float(row['step']) for row in rows] == [1, 2, 3, 4, 5, 6]

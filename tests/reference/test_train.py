@@ -3,11 +3,13 @@
 import datetime
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import forked_commands
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -20,11 +22,11 @@ from reference.configs import jpeg_folder
 from reference.data import input_pipeline
 from reference.run import checkpoint, loop, metrics, train
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'method', ['vanilla', 'advprop', 'conadv', 'conadv_reuse']
-)
+@pytest.mark.parametrize('method', ['vanilla', 'conadv_reuse'])
 def test_the_main_job(method, tmp_path, capsys):
   final = train.train(tiny(method), tmp_path)
   assert final['step'] == 3
@@ -60,25 +62,12 @@ def test_the_main_job(method, tmp_path, capsys):
   assert 'held-out accuracy' in lines[2]
 
 
-@pytest.mark.slow
-def test_a_record_without_its_last_row_gets_it_again(tmp_path):
-  config = tiny('vanilla')
-  final = train.train(config, tmp_path)
-  path = tmp_path / 'metrics.csv'
-  path.write_bytes(path.read_bytes()[:-9] + b'\0' * 9)
-  again = train.train(config, tmp_path)
-  assert again['step'] == final['step'] == 3
-  assert again['held_out_accuracy'] == final['held_out_accuracy']
-  assert [float(row['step']) for row in read_csv(tmp_path)] == [1, 2, 3]
+class Looked(Exception):
+  """Ends a run that was looked at."""
 
 
 @pytest.mark.slow
 def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
-  def run_steps(config, *arguments, run=loop.run_steps, **keywords):
-    batch = (config.batch_size, 8, 8, 1)
-    assert [x for x in jax.live_arrays() if x.shape == batch] == []
-    return run(config, *arguments, **keywords)
-
   shapes = set()
 
   def held_out_batches(
@@ -88,10 +77,17 @@ def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
       shapes.add(batch['image'].shape)
       yield batch
 
+  def run_steps(config, state, *, evaluation, **_):
+    batch = (config.batch_size, 8, 8, 1)
+    assert [x for x in jax.live_arrays() if x.shape == batch] == []
+    assert evaluation(state)['held_out_images'] == 360
+    raise Looked
+
+  monkeypatch.setattr(train, 'make_step', lambda *_: None)
   monkeypatch.setattr(loop, 'run_steps', run_steps)
   monkeypatch.setattr(input_pipeline, 'held_out_batches', held_out_batches)
-  final = train.train(tiny(steps=2, accumulate=2), tmp_path)
-  assert final['held_out_images'] == 360
+  with pytest.raises(Looked):
+    train.train(tiny(steps=2, accumulate=2), tmp_path)
   assert shapes == {(8, 8, 8, 1)}
 
 
@@ -104,27 +100,39 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
-  broken = tmp_path
-
-  def break_at_5(record, row, add=metrics.add):
+def test_a_run_that_was_stopped_and_broken_is_the_uninterrupted_one(
+  whole, tmp_path, monkeypatch, capsys
+):
+  def add(record, row, add=metrics.add):
     add(record, row)
+    if row['step'] == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
     if row['step'] == 5:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(metrics, 'add', break_at_5)
+    patch.setattr(metrics, 'add', add)
+    with pytest.raises(SystemExit) as stop:
+      train.train(tiny(steps=6), tmp_path)
+    # As a shell reports a process that the signal ended.
+    assert stop.value.code == 128 + 15
+    # The step under way is saved.
+    assert steps_saved(tmp_path) == [2, 3]
+    out = capsys.readouterr().out
+    assert 'Stopped by SIGTERM after step 3 of 6' in out
+    assert f'{tmp_path}/checkpoints; the same command resumes' in out
     with pytest.raises(KeyboardInterrupt):
-      train.train(tiny(steps=6), broken)
-  assert steps_saved(broken) == [2, 4]
+      train.train(tiny(steps=6), tmp_path)
+  assert '3 of 6 steps done' in capsys.readouterr().out
+  assert steps_saved(tmp_path) == [3, 4]
   # How a run is watched may change; what it learns does not.
-  train.train(tiny(steps=6, **{'run.keep': 3}), broken)
+  train.train(tiny(steps=6, **{'run.keep': 3}), tmp_path)
 
-  broken_state, broken_position = saved(broken, 6)
+  state, position = saved(tmp_path, 6)
   whole_state, whole_position = saved(whole, 6)
-  assert_equal(broken_state, whole_state)
-  assert broken_position == whole_position
-  left, right = read_csv(broken), read_csv(whole)
+  assert_equal(state, whole_state)
+  assert position == whole_position
+  left, right = read_csv(tmp_path), read_csv(whole)
   for row in left + right:
     del row['images_per_second']
   assert left == right
@@ -132,40 +140,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_step_under_way(whole, tmp_path, monkeypatch, capsys):
-  stopped = tmp_path
-
-  def signal_at_3(record, row, add=metrics.add):
-    add(record, row)
-    if row['step'] == 2:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(metrics, 'add', signal_at_3)
-    with pytest.raises(SystemExit) as stop:
-      train.train(tiny(steps=6), stopped)
-  # As a shell reports a process that the signal ended.
-  assert stop.value.code == 128 + 15
-  assert steps_saved(stopped) == [2, 3]
-  out = capsys.readouterr().out
-  assert 'Stopped by SIGTERM after step 3 of 6' in out
-  assert f'{stopped}/checkpoints; the same command resumes' in out
-
-  train.train(tiny(steps=6), stopped)
-  assert '3 of 6 steps done' in capsys.readouterr().out
-  assert_equal(saved(stopped, 6)[0], saved(whole, 6)[0])
-  assert saved(stopped, 6)[1] == saved(whole, 6)[1]
-
-
-@pytest.mark.slow
-def test_a_complete_run_is_only_evaluated(tmp_path, capsys, monkeypatch):
-  first = train.train(tiny(), tmp_path)
-  rows = read_csv(tmp_path)
+def test_a_complete_run_is_only_evaluated(whole, tmp_path, capsys, monkeypatch):
+  """And gets the last row of its record again, if that is lost."""
+  workdir = tmp_path / 'complete'
+  shutil.copytree(whole, workdir)
+  rows = read_csv(workdir)
   monkeypatch.setattr(train, 'make_step', None)
-  second = train.train(tiny(), tmp_path)
-  assert second == pytest.approx(first)
-  assert read_csv(tmp_path) == rows
+  again = train.train(tiny(steps=6), workdir)
+  assert {key: f'{value:.9g}' for key, value in again.items()} == rows[-1]
+  assert read_csv(workdir) == rows
   assert 'The run is complete' in capsys.readouterr().out
+
+  path = workdir / 'metrics.csv'
+  path.write_bytes(path.read_bytes()[:-9] + b'\0' * 9)
+  again = train.train(tiny(steps=6), workdir)
+  assert again['step'] == 6
+  assert again['held_out_accuracy'] == pytest.approx(
+    float(rows[-1]['held_out_accuracy'])
+  )
+  assert [float(row['step']) for row in read_csv(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_another_config_is_refused_field_by_field(tmp_path):
@@ -191,7 +184,7 @@ def test_another_config_is_refused_field_by_field(tmp_path):
 
 @pytest.mark.slow
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tmp_path):
-  config = tiny(**{'lars.peak': 1e30, 'run.checkpoint_every': 1})
+  config = tiny('vanilla', **{'lars.peak': 1e30, 'run.checkpoint_every': 1})
   with pytest.raises(FloatingPointError, match=r'At step 2.*lars\.peak'):
     train.train(config, tmp_path)
   # The first step of a warm-up has rate 0.
@@ -254,15 +247,24 @@ def jpegs(folder, **overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('crop', ['pad', 'random_resized'])
-def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
+def test_three_branches_of_a_folder_with_unreadable_jpegs(tmp_path, capsys):
   write_jpegs(tmp_path, 16, 10)
   for name in ('train/cat/3.jpg', 'test/dog/5.jpg'):
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-200])
-  config = jpegs(tmp_path, **{'data.crop': crop})
-  final = train.train(config, tmp_path / 'work')
+  config = jpegs(
+    tmp_path,
+    method='conadv_autoaugment',
+    **{
+      'data.crop': 'random_resized',
+      'run.log_every': 1,
+      'run.checkpoint_every': 2,
+    },
+  )
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  final = train.train(config, whole)
   assert final['step'] == 3
+  assert np.isfinite(final['loss_augmented'])
   assert final['held_out_images'] == 19
   assert final['skipped_since_start'] == 1
   assert final['held_out_skipped'] == 1
@@ -270,31 +272,11 @@ def test_a_folder_of_jpegs_with_unreadable_ones(crop, tmp_path, capsys):
   assert f'Skipped {tmp_path}/train/cat/3.jpg: ' in out
   assert f'Skipped {tmp_path}/test/dog/5.jpg: ' in out
 
-
-@pytest.mark.slow
-def test_three_branches_and_their_restart(tmp_path, monkeypatch):
-  write_jpegs(tmp_path, 16, 4)
-  config = jpegs(
-    tmp_path,
-    method='conadv_autoaugment',
-    **{'run.log_every': 1, 'run.checkpoint_every': 2},
-  )
-  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-  final = train.train(config, whole)
-  assert final['step'] == 3
-  assert np.isfinite(final['loss_augmented'])
-
-  def break_at_3(record, row, add=metrics.add):
-    if row['step'] == 3:
-      raise KeyboardInterrupt
-    add(record, row)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(metrics, 'add', break_at_3)
-    with pytest.raises(KeyboardInterrupt):
-      train.train(config, broken)
-  assert steps_saved(broken) == [2]
+  # As one that was killed before its last checkpoint.
+  shutil.copytree(whole, broken)
+  shutil.rmtree(broken / 'checkpoints' / '3')
   train.train(config, broken)
+  assert '2 of 3 steps done' in capsys.readouterr().out
   assert_equal(saved(broken, 3)[0], saved(whole, 3)[0])
 
 
@@ -312,26 +294,22 @@ def test_a_folder_of_jpegs_stops_at_an_unreadable_one(tmp_path):
     train.train(config, tmp_path / 'work')
 
 
-def run_main(*flags, folder):
-  root = Path(__file__).parents[2]
-  return subprocess.run(
-    [sys.executable, '-m', 'reference.main', *flags],
-    cwd=folder,
-    env={**os.environ, 'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-  )
-
-
 @pytest.mark.slow
 def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
-  result = run_main(
-    '--config.method=vanilla',
-    '--config.epochs=0.08',
-    '--config.lars.warmup_epochs=0.0',
-    '--config.batch_size=96',
-    '--config.model.stage_sizes=(1,)',
-    folder=tmp_path,
+  result = subprocess.run(
+    [
+      *(sys.executable, '-m', 'reference.main'),
+      '--config.method=vanilla',
+      '--config.epochs=0.08',
+      '--config.lars.warmup_epochs=0.0',
+      '--config.batch_size=96',
+      '--config.model.stage_sizes=(1,)',
+      '--config.model.filters=4',
+    ],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
   )
   assert result.returncode == 0, result.stderr
   assert 'digits, vanilla: 1437 training' in result.stdout
@@ -339,9 +317,8 @@ def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
   assert steps_saved(tmp_path / 'runs' / 'digits_vanilla') == [2]
 
 
-@pytest.mark.slow
-def test_an_argument_without_dashes_is_refused(tmp_path):
-  result = run_main('config.method=conadv', folder=tmp_path)
+def test_an_argument_without_dashes_is_refused():
+  result = forked_commands.run('-m', 'reference.main', 'config.method=conadv')
   assert result.returncode == 2
   assert result.stdout == ''
   [line] = result.stderr.splitlines()
@@ -357,11 +334,12 @@ def test_an_argument_without_dashes_is_refused(tmp_path):
   ],
 )
 def test_a_mistake_has_a_traceback_on_demand_alone(flag, message, tmp_path):
-  result = run_main(flag, folder=tmp_path)
+  command = ('-m', 'reference.main', flag, f'--workdir={tmp_path}')
+  result = forked_commands.run(*command)
   assert result.returncode == 2
   assert message in result.stderr
   assert len(result.stderr.splitlines()) == 1
-  result = run_main(flag, '--debug', folder=tmp_path)
+  result = forked_commands.run(*command, '--debug')
   assert result.returncode == 1
   assert message in result.stderr.splitlines()[-1]
   assert 'Traceback' in result.stderr
