@@ -1,5 +1,7 @@
 """Attacks that see the loss of each example: restarts that keep the worst."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -41,18 +43,20 @@ def test_each_example_keeps_its_worst_start(targeted):
   key = jax.random.key(3)
   # With two classes the wrong one is certain.
   targets = conadv.random_targets(2) if targeted else None
-  found = conadv.perturb(
-    losses_of, W, BATCH, attack=attack_with(4, targets=targets), key=key
-  )
+  attack = attack_with(4, targets=targets)
+  found = jax.jit(
+    lambda batch: conadv.perturb(losses_of, W, batch, attack=attack, key=key)
+  )(BATCH)
   aimed = {**BATCH, 'label': 1 - BATCH['label']} if targeted else BATCH
   sign = -1 if targeted else 1
-  climb = jax.grad(lambda x: losses_of(W, {**aimed, 'image': x}).sum())
+  climb = jax.jit(jax.grad(lambda x: losses_of(W, {**aimed, 'image': x}).sum()))
+  once = conadv.pgd(1.0, steps=1, step_size=0.0)
+  start = jax.jit(lambda key, x: once.craft(key, jnp.zeros_like, x))
   ends = []
   # The keys that `perturb` and `pgd` split from the one that they are given.
   craft_key = jax.random.split(key, 3)[1]
   for start_key in jax.random.split(craft_key, 4):
-    once = conadv.pgd(0.0 + 1.0, steps=1, step_size=0.0)
-    x = np.asarray(once.craft(start_key, climb, BATCH['image']))
+    x = np.asarray(start(start_key, BATCH['image']))
     for _ in range(3):
       x = x + sign * 0.1 * np.sign(climb(x))
       x = np.clip(x, BATCH['image'] - 1, BATCH['image'] + 1)
@@ -68,24 +72,24 @@ def test_each_example_keeps_its_worst_start(targeted):
 def test_in_training_on_one_device_and_on_meshes():
   grad_fn = conadv.wrap(loss_fn, 1, attack=attack_with(8), has_branch=True)
   single = conadv.wrap(loss_fn, 1, attack=attack_with(1), has_branch=True)
-  key = jax.random.key(0)
-  losses = []
-  for made in (single, grad_fn):
-    state = made.init(W, [BATCH], key=key)
-    (_, aux), grads, _ = jax.jit(made.value_and_grad)(W, state, BATCH, key=key)
-    losses.append(float(aux.losses['adversarial']))
-  assert losses[1] > losses[0] + 0.1
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def step(grad_fn, w, batch):
+    key = jax.random.key(0)
+    state = grad_fn.init(w, [batch], key=key)
+    (_, aux), grads, _ = grad_fn.value_and_grad(w, state, batch, key=key)
+    return aux.losses['adversarial'], grads
+
+  lower, _ = step(single, W, BATCH)
+  loss, grads = step(grad_fn, W, BATCH)
+  assert loss > lower + 0.1
   for kind in KINDS:
     mesh = make_mesh(4, kind=kind)
     with jax.set_mesh(mesh):
-      w, batch = on(mesh, W), on(mesh, BATCH, 'data')
-      state = grad_fn.init(w, [batch], key=key)
-      _, spread, _ = jax.jit(grad_fn.value_and_grad)(w, state, batch, key=key)
+      _, spread = step(grad_fn, on(mesh, W), on(mesh, BATCH, 'data'))
     chex.assert_trees_all_close(spread, grads, **CLOSE)
-  parallel = conadv.data_parallel(grad_fn, make_mesh(4))
-  state = parallel.init(W, [BATCH], key=key)
-  (_, aux), _, _ = parallel.value_and_grad(W, state, BATCH, key=key)
-  assert float(aux.losses['adversarial']) > losses[0] + 0.1
+  loss, _ = step(conadv.data_parallel(grad_fn, make_mesh(4)), W, BATCH)
+  assert loss > lower + 0.1
 
 
 def test_an_array_of_losses_is_climbed_as_their_mean_is():
@@ -116,9 +120,11 @@ def test_a_loss_that_is_no_number_is_never_the_worst():
 
   batch = {'image': jnp.zeros((64, 1))}
   attack = conadv.pgd(1.0, step_size=0.0, restarts=6)
-  found = conadv.perturb(
-    losses_fn, W, batch, attack=attack, key=jax.random.key(0)
-  )
+  found = jax.jit(
+    lambda batch, key: conadv.perturb(
+      losses_fn, W, batch, attack=attack, key=key
+    )
+  )(batch, jax.random.key(0))
   assert (found['image'] <= 0).all()
   assert (found['image'] < 0).any()
 
@@ -142,7 +148,7 @@ def test_restarts_in_a_shard_map_of_the_users_own():
   first = jax.tree.map(lambda x: x[: SIZE // 4], BATCH)
   np.testing.assert_allclose(
     jax.jit(spread)(W, BATCH, key)[: SIZE // 4],
-    attacked(W, first, key),
+    jax.jit(attacked)(W, first, key),
     rtol=1e-5,
   )
 
