@@ -3,49 +3,24 @@
 import hashlib
 import importlib.metadata
 import json
-import os
-import resource
+import re
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import forked_commands
 import jax
 import pytest
 from run_folders import assert_equal, read_csv, saved, steps_saved
-from tiny_runs import make_targets, tiny
+from tiny_runs import flags, make_targets, tiny
 
 import conadv_optax as conadv
 from reference.run import checkpoint, hosts, train
 
-ROOT = Path(__file__).parents[2]
 SOFTWARE = hosts.software()
 # Orbax leaves reads behind that nobody waits for, once one of them has failed.
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
-FLAGS = [
-  f'--config={ROOT}/reference/configs/digits.py',
-  '--config.batch_size=16',
-  '--config.epochs=0.8',  # 72 steps
-  '--config.lars.warmup_epochs=0.1',
-  '--config.model.stage_sizes=(1,)',
-  '--config.model.filters=4',
-  '--config.run.log_every=1',
-  '--config.run.checkpoint_every=2',
-  '--config.run.evaluate_every=18',
-]
-
-
-def start(*command, **options):
-  return subprocess.run(
-    [sys.executable, *command],
-    env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    **options,
-  )
 
 
 def hashes(folder):
@@ -85,33 +60,70 @@ def targets():
   batches.close()
 
 
+# A run as `whole`, but it keeps one checkpoint, and ends itself somewhere.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import jax
+from grain import checkpoint
+from reference.run import train
+from tiny_runs import tiny
+
+def kill(*_):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+save, rename = checkpoint.CheckpointHandler.save, os.rename
+def save_and_kill(*arguments, **keywords):
+  save(*arguments, **keywords)
+  kill()
+
+{place}
+jax.config.update('jax_num_cpu_devices', 8)
+train.train(tiny(steps=6, **{{'run.keep': 1}}), Path(sys.argv[1]))
+"""
+# And the steps that a run has when it comes there.
+KILLS = [
+  # A checkpoint is being written.
+  ('checkpoint.CheckpointHandler.save = save_and_kill', 0),
+  # It is written, and about to become one.
+  (
+    "os.rename = lambda a, b: kill() if str(b)[-2:] == '/2' else rename(a, b)",
+    0,
+  ),
+  # It is one, and what it replaces is still there.
+  (
+    "os.rename = lambda a, b: rename(a, b) or str(b)[-2:] == '/4' and kill()",
+    0,
+  ),
+  # The record is being written.
+  ('os.replace = kill', 4),
+]
+
+
 @pytest.mark.slow
-def test_ten_kills_leave_no_trace(tmp_path):
-  result = start(str(ROOT / 'tests/support/killed_runs.py'), tmp_path, *FLAGS)
+def test_kills_leave_no_trace(whole, tmp_path):
+  said = []
+  for place, _ in KILLS:
+    code = KILLED.format(place=place)
+    result = forked_commands.run('-c', code, tmp_path)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    said.append(result.stdout)
+  assert (tmp_path / 'metrics.unfinished').exists()
+  result = forked_commands.run('-c', KILLED.format(place=''), tmp_path)
   assert result.returncode == 0, result.stderr
-  left, right = tmp_path / 'killed', tmp_path / 'whole'
-  assert steps_saved(left) == steps_saved(right) == [70, 72]
-  for number in (70, 72):
-    state, position = saved(left, number)
-    expected_state, expected_position = saved(right, number)
-    assert_equal(state, expected_state)
-    assert position == expected_position
-  assert rows_without_speed(left) == rows_without_speed(right)
-  assert [float(row['step']) for row in read_csv(left)] == [*range(1, 73)]
+  resumed = re.findall(
+    r'; (\d+) of 6 steps done', ''.join(said) + result.stdout
+  )
+  assert list(map(int, resumed)) == [*(done for _, done in KILLS), 4]
+  state, position = saved(tmp_path, 6)
+  expected_state, expected_position = saved(whole, 6)
+  assert_equal(state, expected_state)
+  assert position == expected_position
+  assert rows_without_speed(tmp_path) == rows_without_speed(whole)
   # Nothing that was half written stays, and none was taken to be damaged.
-  assert {path.name for path in (left / 'checkpoints').iterdir()} == {
-    '70',
-    '72',
-  }
-  assert not (left / 'damaged_checkpoints').exists()
-  resumed = [
-    int(line.split('; ')[-1].split()[0])
-    for line in result.stdout.splitlines()
-    if line.endswith('steps done.')
-  ]
-  assert len(resumed) == 12
-  assert resumed == sorted(resumed)
-  assert resumed[-1] >= 10
+  left = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+  assert left == {'6'}
+  assert not (tmp_path / 'damaged_checkpoints').exists()
 
 
 def halve(path):
@@ -244,36 +256,31 @@ def test_another_number_of_processes_is_refused(workdir, monkeypatch):
     checkpoint.check_config(workdir, tiny(steps=6))
 
 
+# No file may have more than 4 KiB, which is less than the arrays need.
+FULL = """
+import resource
+import jax
+from reference import command, main
+jax.config.update('jax_num_cpu_devices', 8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+command.run(main.main)
+"""
+
+
 @pytest.mark.slow
-def test_a_disk_that_is_full_costs_no_checkpoint(tmp_path):
-  flags = [*FLAGS, f'--workdir={tmp_path}', '--config.run.keep=1']
-  code = (
-    'import os, signal\n'
-    'from reference import command, main\n'
-    'from reference.run import loop\n'
-    'def fetch(*arguments, done, fetch=loop.fetch, **keywords):\n'
-    '  if done == 6:\n'
-    '    os.kill(os.getpid(), signal.SIGTERM)\n'
-    '  return fetch(*arguments, done=done, **keywords)\n'
-    'loop.fetch = fetch\n'
-    'command.run(main.main)\n'
+def test_a_disk_that_is_full_costs_no_checkpoint(workdir):
+  for number in (2, 6):
+    shutil.rmtree(workdir / 'checkpoints' / str(number))
+  before = hashes(workdir / 'checkpoints')
+  config = tiny(steps=6, **{'run.keep': 1, 'run.checkpoint_every': 1})
+  result = forked_commands.run(
+    '-c', FULL, f'--workdir={workdir}', *flags(config)
   )
-  first = start('-c', code, *flags, '--config.run.checkpoint_every=90')
-  assert first.returncode == 128 + signal.SIGTERM, first.stderr
-  [number] = steps_saved(tmp_path)
-  assert f'Stopped by SIGTERM after step {number} of 72' in first.stdout
-  before = hashes(tmp_path / 'checkpoints')
-
-  # No file may have more than 4 KiB, which is less than the arrays need.
-  def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-  result = start('-m', 'reference.main', *flags, preexec_fn=limit)
   assert result.returncode not in (0, -signal.SIGXFSZ)
-  assert f'could not write to {tmp_path}/checkpoints: File' in result.stderr
+  assert f'could not write to {workdir}/checkpoints: File' in result.stderr
   assert 'Likely the disk is full' in result.stderr
   assert 'Traceback' not in result.stderr
-  assert f'{number} of 72 steps done' in result.stdout
-  assert steps_saved(tmp_path) == [number]
-  after = hashes(tmp_path / 'checkpoints')
+  assert '4 of 6 steps done' in result.stdout
+  assert steps_saved(workdir) == [4]
+  after = hashes(workdir / 'checkpoints')
   assert {name: after[name] for name in before} == before
