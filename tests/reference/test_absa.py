@@ -11,6 +11,7 @@ from digit_steps import (
   assert_close,
   descend,
   digit_images,
+  first_state,
   gradient_by_hand,
   loss_by_hand,
   make_batch,
@@ -29,16 +30,7 @@ def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
   config = tiny('absa', **{'methods.absa.epsilon': 0.05})
   schedule = optax.linear_schedule(1.0, 0.0, 100)
   tx = conadv.adaptive_multi_steps(optax.sgd(1.0))
-  state, _, place = start(config, model=Small(), tx=tx)
-  mesh = make_mesh(1)
-  take = train.make_step(
-    config,
-    tx,
-    schedule,
-    methods.make_gradient(Small(), config, mesh),
-    state,
-    mesh,
-  )
+  state, take, place = start(config, model=Small(), tx=tx, schedule=schedule)
   grown = conadv.AbsaState(
     micro_batches=jnp.int32(2),
     attacked=jnp.int32(1),
@@ -53,14 +45,17 @@ def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
 
   # The first three of sixteen, by the sign of the gradient of the pixels.
   pixels = batches[0]['image'] / 255
-  slope = jax.grad(
-    lambda x: loss_by_hand(
-      before.params,
-      before.model_state,
-      {'image': 255 * x, 'label': batches[0]['label'][:3]},
-      is_training=False,
+  slope_of = jax.jit(
+    jax.grad(
+      lambda x: loss_by_hand(
+        before.params,
+        before.model_state,
+        {'image': 255 * x, 'label': batches[0]['label'][:3]},
+        is_training=False,
+      )
     )
-  )(jnp.asarray(pixels[:3], jnp.float32))
+  )
+  slope = slope_of(np.float32(pixels[:3]))
   attacked = np.clip(pixels[:3] + 0.05 * np.sign(slope), 0, 1)
   mixed = {
     **batches[0],
@@ -86,14 +81,12 @@ def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
 @pytest.mark.slow
 def test_absa_grows_once_an_epoch_by_the_largest_eigenvalue():
   config = tiny('absa', batch_size=40, **{'methods.absa.patience': 2})
-  state, _, place = start(
-    config,
-    model=Small(),
-    tx=conadv.adaptive_multi_steps(optax.sgd(1.0)),
-  )
   train_part = digit_images().train[:100]
   source = digit_images()._replace(train=train_part)
-  mesh = make_mesh(1)
+  mesh, tx = make_mesh(1), conadv.adaptive_multi_steps(optax.sgd(1.0))
+  grad_fn = methods.make_gradient(Small(), config, mesh)
+  state = first_state(config, Small(), tx, grad_fn, mesh, [])
+  place = train.make_placement(mesh)
   grow = absa.make_growth(Small(), config, source, place, mesh, host=0, hosts=1)
   # 100 images in batches of 40: an epoch ends within steps 3, 5, 8.
   evaluations = []

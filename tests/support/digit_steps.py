@@ -14,6 +14,8 @@ from reference.run import methods, train
 
 CLASSES = 10
 RATE = 0.25
+SGD = optax.sgd(RATE)
+CONSTANT = optax.constant_schedule(RATE)
 
 
 class Small(nn.Module):
@@ -72,14 +74,18 @@ def first_state(config, model, tx, grad_fn, mesh, first_batches):
 
 
 def start(
-  config, *, devices=1, model=None, tx=None, rate=RATE, make=make_batch
+  config,
+  *,
+  devices=1,
+  model=None,
+  tx=SGD,
+  schedule=CONSTANT,
+  make=make_batch,
 ):
   """A state, the compiled step, and the placement of a batch."""
   mesh = make_mesh(devices)
   place = train.make_placement(mesh)
   model = model or train.make_model(config, num_classes=CLASSES)
-  schedule = optax.constant_schedule(rate)
-  tx = tx or optax.sgd(rate)
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [
     place(make(100 + i, config.batch_size)) for i in range(grad_fn.staleness)
@@ -94,6 +100,14 @@ def arrays(state):
   return jax.tree.map(np.array, state._replace(key=()))
 
 
+def copy_of(state):
+  """The same, as a step takes the memory of its state."""
+  copied = jax.tree.map(
+    lambda x: jax.device_put(np.array(x), x.sharding), state._replace(key=())
+  )
+  return copied._replace(key=jax.random.clone(state.key))
+
+
 def assert_close(left, right, *, atol=1e-5):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol),
@@ -102,8 +116,12 @@ def assert_close(left, right, *, atol=1e-5):
   )
 
 
+def normalized(batch):
+  return ((batch['image'] / 255 - 0.305) / 0.376).astype(np.float32)
+
+
 def loss_by_hand(params, batch_stats, batch, *, is_training=True):
-  images = ((batch['image'] / 255 - 0.305) / 0.376).astype(np.float32)
+  images = normalized(batch)
   variables = {'params': params, 'batch_stats': batch_stats}
   if not is_training:
     logits = Small().apply(variables, images, train=False)
