@@ -1,5 +1,6 @@
 """The step and the evaluation, against loops over devices and images."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from digit_steps import first_state
+from digit_steps import copy_of, first_state
 
 import conadv_optax as conadv
 from reference.configs import methods as configs
@@ -66,20 +67,54 @@ def make_batch(seed, count=16, images=('image',)):
   return {name: batch[name] for name in images} | {'label': labels}
 
 
-def make_all(config, *, rate=0.5):
+MODEL = Model()
+
+
+@functools.cache
+def made(method):
+  """The placement of a batch, the first state, and the compiled step."""
+  config = make_config(method=method)
   mesh = train.make_mesh(config.batch_size)
   place = train.make_placement(mesh)
-  model, tx = Model(), optax.sgd(rate)
-  grad_fn = methods.make_gradient(model, config, mesh)
-  images = methods.METHODS[config.method].images
+  tx = optax.sgd(0.5)
+  grad_fn = methods.make_gradient(MODEL, config, mesh)
+  images = methods.METHODS[method].images
   first = [
     place(make_batch(100 + i, images=images)) for i in range(grad_fn.staleness)
   ]
-  state = first_state(config, model, tx, grad_fn, mesh, first)
+  state = first_state(config, MODEL, tx, grad_fn, mesh, first)
   take = train.make_step(
     config, tx, optax.constant_schedule(0.5), grad_fn, state, mesh
   )
-  return model, place, state, take
+  return place, state, take
+
+
+def make_all(method='conadv'):
+  place, state, take = made(method)
+  return place, copy_of(state), take
+
+
+@jax.jit
+def logits_of(params, batch_stats, images):
+  return MODEL.apply(
+    {'params': params, 'batch_stats': batch_stats}, images, train=False
+  )
+
+
+@functools.cache
+def evaluation_of_model():
+  place, _, _ = made('conadv')
+  return evaluation.make_evaluation(MODEL, make_config(), place)
+
+
+def evaluate(state, batch):
+  records = list(zip(batch['image'], batch['label'], strict=True))
+  source = sources.Source([], records, tuple('abc'))
+  config = make_config()
+  batches = input_pipeline.held_out_batches(
+    source, config, batch_size=config.batch_size, skipped={}
+  )
+  return evaluation_of_model()(state, batches)
 
 
 def test_normalize_is_mean_and_deviation_of_each_channel():
@@ -92,38 +127,37 @@ def test_normalize_is_mean_and_deviation_of_each_channel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('attack', [{}, {'label_smoothing': 0.5}])
-def test_labels_are_smoothed_by_what_the_loss_is_for(attack):
-  model, batch = Model(), make_batch(0)
-  config = make_config(attack=attack)
-  variables = model.init(
-    jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False
-  )
-  loss_fn = objective.make_loss(model, config)
-  image = (batch['image'] / 255 - [0.4, 0.5]) / [0.2, 0.3]
-  logits, _ = model.apply(
-    variables, image.astype('float32'), train=True, mutable=['batch_stats']
-  )
-  of_all = np.asarray(jax.nn.log_softmax(logits), np.float64)
+@pytest.mark.parametrize('smoothing', [None, 0.0, 0.5])
+def test_labels_are_smoothed_by_what_the_loss_is_for(smoothing):
+  logits = np.random.default_rng(0).normal(size=(16, CLASSES))
+  batch = make_batch(0)
+  of_all = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
   right = of_all[np.arange(16), batch['label']].mean()
+
+  class Constant:
+    """Of these logits, whatever it is given."""
+
+    def apply(self, *_, **__):
+      return jnp.asarray(logits, jnp.float32), {}
+
+  attack = {} if smoothing is None else {'label_smoothing': smoothing}
+  loss_fn = objective.make_loss(Constant(), make_config(attack=attack))
   for branch in ('main', 'adversarial', 'augmented', 'attack'):
-    loss, _ = loss_fn(
-      variables['params'], variables['batch_stats'], batch, branch=branch
-    )
-    smoothing = 0.5 if attack and branch == 'attack' else 0.1
-    expected = -(1 - smoothing) * right - smoothing * of_all.mean()
+    loss, _ = loss_fn({}, {}, batch, branch=branch)
+    is_other = branch == 'attack' and smoothing is not None
+    share = smoothing if is_other else 0.1
+    expected = -(1 - share) * right - share * of_all.mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
-  config = make_config(method='vanilla')
-  model, place, state, take = make_all(config)
+  place, state, take = make_all('vanilla')
   before = jax.tree.map(np.array, state._replace(key=()))
   batch = make_batch(0)
 
   def smoothed_loss(params, images, labels):
-    logits, updated = model.apply(
+    logits, updated = MODEL.apply(
       {'params': params, 'batch_stats': before.model_state},
       images,
       train=True,
@@ -167,7 +201,7 @@ def test_vanilla_is_the_mean_over_devices_of_the_plain_step():
   ],
 )
 def test_the_state_stays_where_and_what_it_is(method):
-  _, place, state, take = make_all(make_config(method=method))
+  place, state, take = make_all(method)
 
   def form(state):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
@@ -192,12 +226,12 @@ def test_conadv_waits_one_step_and_advprop_none():
   """The clean loss of the first step tells which batch was trained on."""
   losses = {}
   for method in ('vanilla', 'advprop', 'conadv'):
-    _, place, state, take = make_all(make_config(method=method))
+    place, state, take = make_all(method)
     _, values = take(state, place(make_batch(0)))
     losses[method] = float(values['loss_main'])
   assert losses['advprop'] == pytest.approx(losses['vanilla'], rel=1e-5)
   assert losses['conadv'] != pytest.approx(losses['vanilla'], rel=1e-2)
-  _, place, state, take = make_all(make_config(method='vanilla'))
+  place, state, take = make_all('vanilla')
   _, values = take(state, place(make_batch(100)))
   assert losses['conadv'] == pytest.approx(float(values['loss_main']), rel=1e-5)
 
@@ -208,7 +242,7 @@ BOTH = ('image', 'image_augmented')
 def test_autoaugment_is_vanilla_on_the_second_view():
   states = []
   for method in ('vanilla', 'autoaugment'):
-    _, place, state, take = make_all(make_config(method=method))
+    place, state, take = make_all(method)
     for seed in range(2):
       batch = make_batch(seed, images=BOTH)
       view = batch['image_augmented']
@@ -221,8 +255,7 @@ def test_autoaugment_is_vanilla_on_the_second_view():
 @pytest.mark.slow
 def test_three_branches_see_their_images_with_norm_layers_of_their_own():
   """Each branch is, as far as it can be seen, a plain step on its images."""
-  config = make_config(method='conadv_autoaugment')
-  _, place, state, take = make_all(config)
+  place, state, take = make_all('conadv_autoaugment')
   # `conadv` trains on the batch before.
   first = make_batch(100, images=BOTH)
   adversarial = np.array(state.conadv_state.queue.adversarial[0])
@@ -237,7 +270,7 @@ def test_three_branches_see_their_images_with_norm_layers_of_their_own():
     ('main', 'image'),
     ('augmented', 'image_augmented'),
   ):
-    _, place, plain_state, plain = make_all(make_config(method='vanilla'))
+    place, plain_state, plain = make_all('vanilla')
     batch = {'image': first[image], 'label': first['label']}
     plain_state, plain_values = plain(plain_state, place(batch))
     assert float(values[f'loss_{branch}']) == pytest.approx(
@@ -267,89 +300,69 @@ def test_three_branches_see_their_images_with_norm_layers_of_their_own():
 @pytest.mark.slow
 @pytest.mark.parametrize('count', [37, 16, 5])
 def test_evaluation_counts_every_image_once_on_main_statistics(count):
-  config = make_config()
-  model, place, state, take = make_all(config)
+  place, state, take = make_all()
   for seed in range(3):
     state, _ = take(state, place(make_batch(seed)))
   batch = make_batch(7, count)
-  records = list(zip(batch['image'], batch['label'], strict=True))
-  source = sources.Source([], records, tuple('abc'))
 
   params = conadv.dual_bn.main(state.params)
   batch_stats = conadv.dual_bn.main(state.model_state)
   correct, loss = 0, 0.0
-  apply = jax.jit(model.apply, static_argnames='train')
-  for image, label in records:
+  for image, label in zip(batch['image'], batch['label'], strict=True):
     pixels = (image / 255 - [0.4, 0.5]) / [0.2, 0.3]
-    logits = apply(
-      {'params': params, 'batch_stats': batch_stats},
-      jnp.asarray(pixels[None], jnp.float32),
-      train=False,
-    )[0]
+    logits = logits_of(params, batch_stats, pixels[None].astype('float32'))
+    logits = np.asarray(logits[0], np.float64)
     correct += int(np.argmax(logits) == label)
-    loss -= float(jax.nn.log_softmax(logits)[label])
+    loss -= logits[label] - np.log(np.exp(logits).sum())
 
   # What belongs to the adversarial branch alone must not be looked at.
   spoilt = jax.tree.map(lambda x: x * np.nan, (state.params, state.model_state))
-  state = state._replace(
-    params=spoilt[0]._replace(main=params),
-    model_state=spoilt[1]._replace(main=batch_stats),
-  )
-  result = evaluation.make_evaluation(model, config, place)(
-    state,
-    input_pipeline.held_out_batches(
-      source, config, batch_size=config.batch_size, skipped={}
+  result = evaluate(
+    state._replace(
+      params=spoilt[0]._replace(main=params),
+      model_state=spoilt[1]._replace(main=batch_stats),
     ),
+    batch,
   )
   assert result['held_out_images'] == count
   assert result['held_out_accuracy'] == correct / count
   assert result['held_out_loss'] == pytest.approx(loss / count, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_padding_is_never_right():
-  config = make_config()
-  model, place, state, _ = make_all(config)
+  _, state, _ = made('conadv')
   batch = make_batch(7, 5)
-  records = list(zip(batch['image'], batch['label'], strict=True))
-  source = sources.Source([], records, tuple('abc'))
   # A model that always says 0, which is what labels are padded with.
   params = conadv.dual_bn.main(state.params)
-  bias = jnp.array([1e3, 0.0, 0.0])
+  bias = np.array([1e3, 0.0, 0.0], np.float32)
   head = {**params['Dense_1'], 'bias': bias}
-  result = evaluation.make_evaluation(model, config, place)(
-    state._replace(params={**params, 'Dense_1': head}),
-    input_pipeline.held_out_batches(
-      source, config, batch_size=config.batch_size, skipped={}
-    ),
-  )
+  params = {**params, 'Dense_1': head}
+  result = evaluate(state._replace(params=params), batch)
   assert result['held_out_accuracy'] == np.mean(batch['label'] == 0)
 
 
-@pytest.mark.slow
 def test_every_step_draws_anew():
   """The same batch is attacked twice, with the same parameters."""
-  _, place, state, take = make_all(make_config(), rate=0.0)
+  place, state, take = make_all()
   copies = []
   for _ in range(2):
+    first = copy_of(made('conadv')[1])
+    state = state._replace(params=first.params, model_state=first.model_state)
     state, _ = take(state, place(make_batch(0)))
     copies.append(np.array(state.conadv_state.queue.adversarial))
   assert not np.array_equal(*copies)
 
 
 def test_evaluation_is_split_over_the_devices():
+  place, _, _ = made('conadv')
   config = make_config()
-  _, place, _, _ = make_all(config)
   source = sources.Source(
     [],
     list(zip(*make_batch(0, 16).values(), strict=True)),
     tuple('abc'),
   )
-  [batch] = itertools.islice(
-    input_pipeline.held_out_batches(
-      source, config, batch_size=config.batch_size, skipped={}
-    ),
-    1,
+  [batch] = input_pipeline.held_out_batches(
+    source, config, batch_size=config.batch_size, skipped={}
   )
   for array in place(batch).values():
     assert len(array.sharding.device_set) == DEVICES
