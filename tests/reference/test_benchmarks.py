@@ -12,21 +12,29 @@ from xml.etree import ElementTree
 
 import pytest
 
-from reference.benchmarks import measure, schedule, steps
+from reference.benchmarks import schedule, steps
 from reference.tools import tables
 
 ROOT = Path(__file__).parents[2]
-NET = measure.NETS['tiny']
 FIGURES = ('seconds', 'flops', 'memory_bytes', 'compile_seconds')
 
 
-def run(command, folder, *arguments):
-  """What a command prints, on the tiny net."""
+# In a process of its own, as the commands define the same flags.
+COMMAND = """
+from absl import app
+from reference.benchmarks import measure, {command}
+{before}
+app.run({command}.main)
+"""
+
+
+def run(command, folder, *arguments, before=''):
+  """What a command prints, on a tiny net."""
   result = subprocess.run(
     [
       sys.executable,
-      '-m',
-      f'reference.benchmarks.{command}',
+      '-c',
+      COMMAND.format(command=command, before=before),
       '--net=tiny',
       '--rounds=1',
       '--orders=1',
@@ -48,10 +56,32 @@ def check_figure(folder, name):
     assert root.tag.endswith('svg')
 
 
+# So many that little but the layers' arithmetic counts.
+IMAGES = 240
+
+
+def dense(hidden):
+  """Layers that are compiled sooner than convolutions."""
+  return f"""
+import flax.linen as nn
+
+class Dense(nn.Module):
+  num_classes: int = 32
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    x = nn.Dense(16, name='stem')(x.reshape(x.shape[0], -1))
+    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+    return nn.Dense(self.num_classes, name='head')(nn.Dense({hidden})(x))
+
+measure.NETS['tiny'] = measure.Net(Dense(), {IMAGES}, image_size=8)
+"""
+
+
 @pytest.fixture(scope='module')
 def cost(tmp_path_factory):
   folder = tmp_path_factory.mktemp('cost')
-  printed = run('cost', folder)
+  printed = run('cost', folder, before=dense(256))
   rows = tables.read_csv(folder / 'cost_cpu.csv')
   return folder, printed, {row['row']: row for row in rows}
 
@@ -77,15 +107,14 @@ def test_every_row_is_there_with_all_its_figures(cost):
 
 def test_flops_are_those_of_the_passes(cost):
   rows = cost[2]
-  # Multiply-adds of the first convolution and of all else, for an image of
-  # 8 x 8: two 3x3 convolutions between 4 channels, and 10 classes.
-  stem, rest = 64 * 9 * 3 * 4, 2 * 64 * 9 * 4 * 4 + 4 * 10
+  # Multiply-adds of the first layer and of all else.
+  stem, rest = 8 * 8 * 3 * 16, 16 * 256 + 256 * 32
   # Forward, gradients to weights, and to inputs, of which training needs those
   # of the images only where it passes them on.
   train = 2 * stem + 3 * rest
   train_and_inputs = 3 * (stem + rest)
   attack = 2 * (stem + rest)
-  part = int(0.2 * NET.batch_size) / NET.batch_size
+  part = int(0.2 * IMAGES) / IMAGES
   by_hand = {
     'two views': 2 * train,
     'attack pass alone': attack,
@@ -111,16 +140,31 @@ def test_flops_are_those_of_the_passes(cost):
   }
   for name, expected in by_hand.items():
     ratio = rows[name]['flops_ratio']
-    # Norm layers, activations and the optimizer count too, and on several
-    # devices the compiler writes the convolutions otherwise.
-    tolerance = 0.06 if steps.ROWS[name].mesh == (1, 1) else 0.2
+    # Norm layers, activations and the optimizer count too, of which each device
+    # has the whole, and XLA saves what two passes have in common.
+    tolerance = 0.04 if steps.ROWS[name].mesh == (1, 1) else 0.12
     assert ratio == pytest.approx(expected / train, rel=tolerance), name
+
+
+# The first and the last point of each sweep.
+ENDS = """
+growth.SWEEPS = {
+  name: [points[0], points[-1]] for name, points in growth.SWEEPS.items()
+}
+"""
 
 
 @pytest.fixture(scope='module')
 def growth(tmp_path_factory):
   folder = tmp_path_factory.mktemp('growth')
-  printed = run('growth', folder, '--batch=24', '--sweeps=staleness,devices')
+  printed = run(
+    'growth',
+    folder,
+    '--batch=96',
+    '--sweeps=staleness,devices',
+    # Beside so much, what is read from a queue takes no memory of its own.
+    before=dense(1024) + ENDS,
+  )
   assert '| staleness | reuse | 8 | ' in printed
   check_figure(folder, 'growth')
   rows = tables.read_csv(folder / 'growth.csv')
@@ -129,26 +173,21 @@ def growth(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_queue_costs_batches_and_copies_and_no_arithmetic(growth):
-  image = 24 * 8 * 8 * 3 * 4
-  for row, entry in (('ConAdv', 2 * image + 24 * 4), ('reuse', image + 24 * 4)):
-    first = growth['staleness', row, 1]
-    for size in (2, 4, 8):
-      longer = growth['staleness', row, size]
-      assert longer['flops_ratio'] == pytest.approx(1, rel=1e-3)
-      more, temporary = (
-        longer[kind] - first[kind]
-        for kind in ('memory_bytes', 'temporary_bytes')
-      )
-      assert more - temporary == (size - 1) * entry
-      # What is read is first copied out of a ring that is longer than it.
-      assert temporary < 2 * entry
+  image, label = 96 * 8 * 8 * 3 * 4, 96 * 4
+  for row, entry in (('ConAdv', 2 * image + label), ('reuse', image + label)):
+    first, longer = (growth['staleness', row, size] for size in (1, 8))
+    assert longer['flops_ratio'] == pytest.approx(1, rel=1e-3)
+    more, temporary = (
+      longer[kind] - first[kind] for kind in ('memory_bytes', 'temporary_bytes')
+    )
+    assert more - temporary == 7 * entry
+    assert temporary < entry
 
 
 def test_devices_share_the_arithmetic(growth):
-  flops = {n: growth['devices', 'ConAdv', n]['flops'] for n in (1, 2, 4, 8)}
-  assert flops[2] < 0.6 * flops[1]
-  for size in (4, 8):
-    assert flops[size] == pytest.approx(flops[2] * 2 / size, rel=0.02)
+  one, eight = (growth['devices', 'ConAdv', n]['flops'] for n in (1, 8))
+  # Each updates all weights.
+  assert one / 8 < eight < 0.14 * one
 
 
 def operation(name, cycles):
@@ -210,46 +249,12 @@ def test_a_schedule_is_read_in_the_order_of_execution():
   assert schedule.from_text(text) == [attacker, trainer]
 
 
-# In a process of its own, as the commands define the same flags.
-WITHOUT_SECONDS = """
-import sys, types
-from pathlib import Path
-from reference.benchmarks import cost, figures, measure
-rows = [
-  {'row': name, 'megacycles': cycles, 'flops': 1e9, 'memory_bytes': 2.0**20}
-  for name, cycles in (('plain', 100.0), ('ConAdv', 250.0))
-]
-device = types.SimpleNamespace(device_kind='TPU v5 lite')
-cost.complete(rows, measure.NETS['tiny'], device)
-cost.print_table(rows)
-figures.draw_cost(Path(sys.argv[1]) / 'cost', rows)
-"""
-
-
-@pytest.mark.slow
-def test_a_compiler_that_states_no_time(tmp_path):
-  result = subprocess.run(
-    [sys.executable, '-c', WITHOUT_SECONDS, str(tmp_path)],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr
-  header, _, plain, conadv = result.stdout.splitlines()[2:6]
-  assert header == (
-    '|  | FLOPs / plain | Mcycles | Mcycles / plain | MiB | MiB / plain |'
-  )
-  assert plain == '| plain | 1.00 | 100 | 1.00 | 1 | 1.00 |'
-  assert conadv == '| ConAdv | 1.00 | 250 | 2.50 | 1 | 1.00 |'
-  check_figure(tmp_path, 'cost')
-
-
 @pytest.mark.slow
 def test_for_a_tpu_trainers_do_not_attack_and_attackers_do_not_train(tmp_path):
   pytest.importorskip('libtpu')
   names = 'plain', 'concurrent equal share'
-  run('cost', tmp_path, '--tpu=v3:2x2', f'--rows={",".join(names)}')
+  rows = f'--rows={",".join(names)}'
+  run('cost', tmp_path, '--tpu=v3:2x2', rows, before=dense(256))
   path = tmp_path / 'cost_v3_2x2.csv'
   plain, team = tables.read_csv(path)
   assert (plain['row'], team['row']) == names
@@ -263,7 +268,46 @@ def test_for_a_tpu_trainers_do_not_attack_and_attackers_do_not_train(tmp_path):
   assert sorted(map(sorted, parts)) == [['attack'], ['training']]
   check_figure(tmp_path, 'cost_v3_2x2')
   check_figure(tmp_path, 'schedule_v3_2x2')
-  # What the CSV has is not compiled again.
-  before = path.read_text()
-  run('cost', tmp_path, '--tpu=v3:2x2', '--rows=plain')
-  assert path.read_text() == before
+
+
+# Of a compiler that states no time.
+WITHOUT_SECONDS = """
+import types
+from pathlib import Path
+from reference.tools import tables
+
+rows = [
+  {{
+    'row': name,
+    'images': 96,
+    'megacycles': megacycles,
+    'flops': 1e9,
+    'memory_bytes': 2.0**20,
+    'schedule': 'other:1',
+  }}
+  for name, megacycles in (('plain', 100.0), ('ConAdv', 250.0))
+]
+device = types.SimpleNamespace(device_kind='TPU v5 lite')
+cost.complete(rows, measure.NETS['tiny'], device)
+tables.write_csv(Path({path!r}), rows)
+"""
+
+
+@pytest.mark.slow
+def test_what_the_csv_has_is_not_compiled_again(tmp_path):
+  pytest.importorskip('libtpu')
+  path = str(tmp_path / 'cost_v5e_2x2.csv')
+  printed = run(
+    'cost',
+    tmp_path,
+    '--tpu=v5e:2x2',
+    '--rows=plain',
+    before=WITHOUT_SECONDS.format(path=path),
+  )
+  header, _, plain, conadv = printed.splitlines()[2:6]
+  assert header == (
+    '|  | FLOPs / plain | Mcycles | Mcycles / plain | MiB | MiB / plain |'
+  )
+  assert plain == '| plain | 1.00 | 100 | 1.00 | 1 | 1.00 |'
+  assert conadv == '| ConAdv | 1.00 | 250 | 2.50 | 1 | 1.00 |'
+  check_figure(tmp_path, 'cost_v5e_2x2')
