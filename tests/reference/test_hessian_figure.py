@@ -52,13 +52,13 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
   config = digits.get_config()
   config.update_from_flattened_dict(
     {
+      'method': 'advprop',
       'batch_size': 16,
       'epochs': 1.5 * 16 / 1437,
       'lars.warmup_epochs': 16 / 1437,
-      'model.stage_sizes': (1,),
-      'model.filters': 2,
     }
   )
+  config.model = {'build': 'digit_steps:Small'}
   with pytest.raises(ValueError, match='holds no checkpoint'):
     hessian_figure.load(config, tmp_path)
   train.train(config, tmp_path)

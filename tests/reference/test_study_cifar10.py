@@ -34,9 +34,6 @@ def test_its_methods_run_from_jpegs_to_rows(tmp_path, folder, monkeypatch):
     {
       'data.folder': str(folder),
       'data.size': 8,
-      'model.filters': 4,
-      'model.stage_sizes': (1,),
-      'model.dtype': 'float32',
       'epochs': 2.0,
       'lars.warmup_epochs': 0.5,
       'study.train_images': 32,
@@ -48,6 +45,7 @@ def test_its_methods_run_from_jpegs_to_rows(tmp_path, folder, monkeypatch):
       'study.robust_images': 12,
     }
   )
+  config.model = {'build': 'digit_steps:Small'}
   config.study.ablations = {}
   rows = grid.run(config, tmp_path / 'study', command='')
   assert {row['variant'] for row in rows} == {'vanilla', 'batch_augment'}

@@ -1,6 +1,7 @@
 """The text example: its lines, its padding, and when the noise sets in."""
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -33,25 +34,39 @@ def test_lines_are_of_one_module_and_in_one_part(lines):
 @pytest.mark.slow
 def test_padding_is_not_seen(lines):
   batch = text.rows_of(lines[0], np.arange(4))
-  params = text.Transformer().init(
-    jax.random.key(0), batch['tokens'], train=False
-  )['params']
+  init = jax.jit(text.Transformer().init, static_argnames='train')
+  params = init(jax.random.key(0), batch['tokens'], train=False)['params']
   # Not constant, which LayerNorm would take out.
   noise = np.random.default_rng(0).normal(
     size=(*batch['tokens'].shape, text.WIDTH)
   )
   is_word = batch['tokens'][..., None] > 0
+  logits_of = jax.jit(lambda *x: text.logits_of(*x, None))
   clean, at_padding, at_words = (
-    text.logits_of(params, {**batch, 'noise': np.float32(noise * where)}, None)
+    logits_of(params, {**batch, 'noise': np.float32(noise * where)})
     for where in (0.0, 1.0 - is_word, 1.0 * is_word)
   )
   assert not is_word.all()
   np.testing.assert_allclose(at_padding, clean, atol=1e-5)
   assert np.abs(at_words - clean).max() > 0.01
+  # In training a tenth drops out.
+  dropped = jax.jit(text.logits_of)(params, batch, jax.random.key(1))
+  assert 1e-3 < np.abs(dropped - clean).max() < 1
+
+
+class Small(nn.Module):
+  """Its words are embedded under the same name."""
+
+  @nn.compact
+  def __call__(self, tokens, *, train):
+    x = nn.Embed(text.WORDS, text.WIDTH, name='words')(tokens).mean(axis=1)
+    x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
+    return nn.Dense(len(text.MODULES))(x)
 
 
 @pytest.mark.slow
-def test_noise_sets_in_after_its_share_of_the_run(lines):
+def test_noise_sets_in_after_its_share_of_the_run(lines, monkeypatch):
+  monkeypatch.setattr(text, 'Transformer', Small)
   data = text.rows_of(lines[0], np.arange(64))
   run = text.Run(batch_size=32, epochs=3, rate=0.02, start=1.0)
   with jax.numpy_dtype_promotion('standard'):

@@ -8,7 +8,7 @@ from flax import nnx
 
 
 class ViT(nn.Module):
-  """A transformer of one block on patches of 2 pixels."""
+  """Attention between patches of 2 pixels."""
 
   num_classes: int
   width: int
@@ -18,10 +18,8 @@ class ViT(nn.Module):
     x = nn.Conv(self.width, (2, 2), (2, 2))(images)
     x = x.reshape(x.shape[0], -1, self.width)
     x += self.param('position', nn.initializers.normal(), (1, *x.shape[1:]))
-    y = nn.LayerNorm()(x)
-    x += nn.MultiHeadDotProductAttention(2, use_bias=False)(y)
-    y = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x)))
-    x += nn.Dropout(0.3, deterministic=not train)(nn.Dense(self.width)(y))
+    y = nn.MultiHeadDotProductAttention(2, use_bias=False)(nn.LayerNorm()(x))
+    x += nn.Dropout(0.3, deterministic=not train)(y)
     return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(axis=1))
 
 

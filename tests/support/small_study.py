@@ -12,8 +12,6 @@ def make_config(**fields):
     {
       'data.source': 'digits',
       'data.size': 8,
-      'model.filters': 4,
-      'model.stage_sizes': (0, 1),
       'epochs': 2.0,
       'lars.warmup_epochs': 0.5,
       'study.train_images': 160,
@@ -28,6 +26,7 @@ def make_config(**fields):
       **fields,
     }
   )
+  config.model = {'build': 'digit_steps:Small'}
   config.study.ablations = {}
   return config
 
