@@ -78,6 +78,6 @@ def test_the_group_of_a_row(wrapper, over, groups):
   grad_fn = wrapper(conadv.wrap(loss_fn, attack=conadv.fgsm(0.0), inputs=()))
   w = jnp.array(1.0)
   state = grad_fn.init(w, [X])
-  (_, aux), grads, _ = grad_fn.value_and_grad(w, state, X)
+  (_, aux), grads, _ = jax.jit(grad_fn.value_and_grad)(w, state, X)
   expected = np.mean(np.var(X[groups], axis=1))
   np.testing.assert_allclose([aux.losses['main'], grads], expected, rtol=1e-5)
