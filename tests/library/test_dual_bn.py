@@ -50,7 +50,7 @@ LINEN_OWN = {
 @pytest.mark.slow
 @pytest.mark.parametrize('whole_collections', [False, True])
 def test_linen_norm_layers_are_found(whole_collections):
-  variables = LinenNet().init(KEY, jnp.zeros((2, 4, 4, 1)))
+  variables = jax.jit(LinenNet().init)(KEY, jnp.zeros((2, 4, 4, 1)))
   state = variables['batch_stats']
   if whole_collections:
     state = {'batch_stats': state}
@@ -85,9 +85,8 @@ def test_haiku_norm_layers_are_found():
     return hk.LayerNorm(-1, True, True)(x)
 
   with jax.numpy_dtype_promotion('standard'):
-    params, state = hk.transform_with_state(forward).init(
-      KEY, jnp.zeros((2, 3))
-    )
+    init = jax.jit(hk.transform_with_state(forward).init)
+    params, state = init(KEY, jnp.zeros((2, 3)))
   params, state = conadv.dual_bn.split(params, state)
   assert own_paths(params) == {'inner/scale', 'inner/offset'}
   assert 'inner/~/mean_ema' in state.branches['adversarial']
@@ -113,7 +112,7 @@ def test_haiku_resnet_norm_layers_are_found():
 
 
 def test_a_predicate_finds_norm_layers_without_state():
-  variables = LinenNet().init(KEY, jnp.zeros((2, 4, 4, 1)))
+  variables = jax.jit(LinenNet().init)(KEY, jnp.zeros((2, 4, 4, 1)))
   params, state = conadv.dual_bn.split(
     variables['params'],
     None,

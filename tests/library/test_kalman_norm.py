@@ -143,11 +143,8 @@ def last_statistics(params, image):
   return before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('problem', [linen_problem, nnx_problem])
-def test_a_chain_of_three_layers_in_each_branch_over_steps(problem):
-  batches = [make_images(seed) for seed in range(4)]
-  loss_fn, params, batch_stats = problem(batches[0]['image'])
+def split(params, batch_stats):
+  """For two branches, each with the three layers for itself."""
   params, batch_stats = conadv.dual_bn.split(params, batch_stats)
   own = params.branches['adversarial']
   assert sorted(name for name in own if jax.tree.leaves(own[name])) == [
@@ -155,14 +152,44 @@ def test_a_chain_of_three_layers_in_each_branch_over_steps(problem):
     'norm1',
     'norm2',
   ]
+  return params, batch_stats
+
+
+def running(batch_stats):
+  """Of the third layer."""
+  norm = batch_stats['norm2']
+  return norm['mean'][...], norm['var'][...]
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_layers_in_each_branch_over_steps():
+  batches = [make_images(seed) for seed in range(4)]
+  loss_fn, *variables = linen_problem(batches[0]['image'])
   check_statistics(
     conadv.wrap(loss_fn, attack=conadv.pgd(0.5), has_state=True),
-    params,
-    batch_stats,
+    *split(*variables),
     batches,
     last_statistics,
-    lambda stats: (stats['norm2']['mean'][...], stats['norm2']['var'][...]),
+    running,
   )
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_layers_in_nnx():
+  batch = make_images(0)
+  loss_fn, params, batch_stats = nnx_problem(batch['image'])
+  split(params, batch_stats)
+  step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  (_, new), grads = step(params, batch_stats, batch)
+  for old, found, seen in zip(
+    running(batch_stats),
+    running(new),
+    last_statistics(params, batch['image']),
+    strict=True,
+  ):
+    expected = MOMENTUM * np.asarray(old) + (1 - MOMENTUM) * seen
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+  assert all(np.any(x != 0) for x in jax.tree.leaves(grads))
 
 
 def make_inputs(channels=5):
@@ -274,11 +301,12 @@ def test_a_prediction_is_the_limit_of_draws():
   kernel = rng.normal(size=(3, 3, 3, 2)).astype(np.float32)
   drawn = mean + np.sqrt(var) * rng.normal(size=(2, 300, 300, 3))
   inside = convolve(np.maximum(drawn, 0), kernel)[:, 1:-1, 1:-1]
-  found = predict(Statistics(jnp.array(mean), jnp.array(var)), kernel)
+  predicted = jax.jit(predict)
+  found = predicted(Statistics(mean, var), kernel)
   np.testing.assert_allclose(found, moments(inside), rtol=0.02, atol=0.02)
   # A dense layer is a convolution of one pixel; no variance is a constant.
   constant = Statistics(jnp.array([2.0, -3.0]), jnp.zeros(2))
-  found = predict(constant, jnp.array([[1.0], [5.0]]))
+  found = predicted(constant, jnp.array([[1.0], [5.0]]))
   np.testing.assert_allclose(found, [[2.0], [0.0]], atol=1e-6)
 
 
@@ -287,14 +315,15 @@ def test_gradients_go_to_the_layer_before_and_its_kernel():
   _, previous, *_ = make_inputs(3)
   kernel = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 4)))
 
+  @jax.jit
   def fused(mean, var, kernel):
     batch = Statistics(jnp.ones(4), jnp.full(4, 3.0))
     return fuse(batch, predict(Statistics(mean, var), kernel), 0.3)
 
   arguments = (*previous, kernel.astype(jnp.float32))
   check_grads(fused, arguments, order=1, modes=['rev'], rtol=0.02, atol=0.02)
-  constant = jax.grad(
-    lambda var: jnp.sum(fused(previous.mean, var, kernel).var)
+  constant = jax.jit(
+    jax.grad(lambda var: jnp.sum(fused(previous.mean, var, kernel).var))
   )
   chex.assert_tree_all_finite(constant(jnp.zeros(3)))
 
@@ -321,15 +350,21 @@ def test_half_precision_is_not_squared():
 @pytest.mark.slow
 def test_devices_share_their_statistics_by_name():
   x, previous, *_ = make_inputs()
+
+  def apply(norm):
+    return jax.jit(
+      lambda x: norm.apply(variables, x, previous, mutable=['batch_stats'])
+    )
+
   norm = LinenKalmanNorm(p=0.5, use_running_average=False)
-  variables = norm.init(jax.random.key(0), x, previous)
-  expected = norm.apply(variables, x, previous, mutable=['batch_stats'])
+  variables = jax.jit(norm.init)(jax.random.key(0), x, previous)
+  expected = apply(norm)(x)
   spread, all_over = PartitionSpec('data'), PartitionSpec()
   # At the start there is no axis.
   norm = norm.copy(axis_name='data')
-  norm.init(jax.random.key(0), x, previous)
+  jax.eval_shape(norm.init, jax.random.key(0), x, previous)
   found = jax.shard_map(
-    lambda x: norm.apply(variables, x, previous, mutable=['batch_stats']),
+    apply(norm),
     mesh=make_mesh(2),
     in_specs=spread,
     out_specs=((spread, all_over), all_over),

@@ -1,4 +1,4 @@
-"""Haiku: `hk.nets.ResNet18` with BatchNorm, and an MLP, as complete programs.
+"""Haiku: `hk.nets.ResNet` with BatchNorm, and an MLP, as complete programs.
 
 Haiku's own layers mix dtypes, so these run under JAX's standard promotion.
 """
@@ -23,14 +23,23 @@ import conadv_optax as conadv
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 BRANCHES = ('main', 'adversarial')
-NET = 'res_net18/~/'
-RATE = 0.02
+NET = 'res_net/~/'
+RATE = 0.3
 
 
 @hk.without_apply_rng
 @hk.transform_with_state
 def resnet(image, is_training):
-  model = hk.nets.ResNet18(CLASSES, bn_config={'decay_rate': MOMENTUM})
+  # A block with an identity and one with a projection: there are no others.
+  model = hk.nets.ResNet(
+    (1, 1, 0, 0),
+    CLASSES,
+    bn_config={'decay_rate': MOMENTUM},
+    bottleneck=False,
+    channels_per_group=(8, 16, 16, 16),
+    use_projection=(False, True, True, True),
+    initial_conv_config={'output_channels': 8},
+  )
   return model(image, is_training)
 
 
@@ -73,8 +82,8 @@ def start_resnet(first_batch):
 
 def check_resnet_statistics(before, after):
   """Each counter by one, and the first layer's moments by hand."""
-  params, old_state, _, state = before
-  _, new_state, _, _ = after
+  params, old_state, _, state = jax.device_get(before)
+  _, new_state, _, _ = jax.device_get(after)
   images = {
     'main': state.queue.batch['image'][0],
     'adversarial': state.queue.adversarial[0],
@@ -98,7 +107,7 @@ def check_resnet_statistics(before, after):
 
 def moved(before, after):
   """Which parts of the parameters an update has moved."""
-  (old, *_), (new, *_) = before, after
+  (old, *_), (new, *_) = jax.device_get((before, after))
   norms = {name for name in old.main if 'batchnorm' in name}
   is_moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), old, new)
   return {
@@ -168,7 +177,7 @@ def mlp_loss(params, batch):
 
 def train_mlp(batches, steps):
   """Without norm layers there is nothing to split."""
-  params = mlp.init(jax.random.key(0), batches[0]['image'])
+  params = jax.jit(mlp.init)(jax.random.key(0), batches[0]['image'])
   grad_fn = conadv.wrap(
     mlp_loss,
     staleness=2,
@@ -178,7 +187,7 @@ def train_mlp(batches, steps):
     has_aux=True,
   )
   tx = optax.adam(3e-3)
-  state = grad_fn.init(params, batches[:2], key=jax.random.key(1))
+  state = jax.jit(grad_fn.init)(params, batches[:2], key=jax.random.key(1))
 
   @jax.jit
   def train_step(params, opt_state, state, batch, key):
@@ -209,5 +218,5 @@ def test_mlp_trains_and_gives_its_own_outputs_by_branch():
   for outputs in history[-1].aux.values():
     assert outputs['accuracy'] > 0.9
   test = make_images(99)
-  logits = mlp.apply(params, test['image'])
+  logits = jax.jit(mlp.apply)(params, test['image'])
   assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9

@@ -127,7 +127,7 @@ def check_training(train):
   test = make_images(99)
   model.eval()
   before = nnx.state(model, nnx.BatchStat)
-  logits = model(test['image'])
+  logits = nnx.jit(lambda model, image: model(image))(model, test['image'])
   assert np.mean(np.argmax(logits, axis=-1) == test['label']) > 0.9
   chex.assert_trees_all_equal(nnx.state(model, nnx.BatchStat), before)
   chex.assert_trees_all_equal_shapes_and_dtypes(

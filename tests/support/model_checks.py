@@ -61,7 +61,15 @@ def check_statistics(grad_fn, params, model_state, batches, statistics, read):
   """
   branches = ('main', 'adversarial')
   key = jax.random.key(3)
-  step = jax.jit(grad_fn.value_and_grad)
+
+  @jax.jit
+  def step(params, state, batch, model_state):
+    (_, aux), grads, state = grad_fn.value_and_grad(
+      params, state, batch, model_state=model_state, key=key
+    )
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    return params, state, aux.model_state
+
   first, *batches = batches
   init = jax.jit(grad_fn.init)
   state = init(params, [first], model_state=model_state, key=key)
@@ -71,12 +79,10 @@ def check_statistics(grad_fn, params, model_state, batches, statistics, read):
       'adversarial': state.queue.adversarial[0],
     }
     assert np.max(np.abs(images['main'] - images['adversarial'])) > 0.05
-    (_, aux), grads, state = step(
-      params, state, batch, model_state=model_state, key=key
-    )
+    trained, state, new_state = step(params, state, batch, model_state)
     for branch in branches:
       old = read(conadv.dual_bn.select(model_state, branch))
-      new = read(conadv.dual_bn.select(aux.model_state, branch))
+      new = read(conadv.dual_bn.select(new_state, branch))
       seen = statistics(
         conadv.dual_bn.select(params, branch), np.asarray(images[branch])
       )
@@ -88,8 +94,7 @@ def check_statistics(grad_fn, params, model_state, batches, statistics, read):
           rtol=1e-3,
           atol=1e-5,
         )
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    model_state = aux.model_state
+    params, model_state = trained, new_state
   mains, others = (
     jax.tree.leaves(conadv.dual_bn.select(model_state, branch))
     for branch in branches
@@ -119,7 +124,7 @@ def check_gradients(make_grad_fn, params, model_state, batch, key):
   init = jax.jit(make_grad_fn(None).init)
   state = init(params, [batch], model_state=model_state, key=key)
   main, adversarial, both = (
-    grads_of(*map(jnp.float32, weights), state)
+    jax.device_get(grads_of(*map(jnp.float32, weights), state))
     for weights in ((1, 0), (0, 1), (1, 1))
   )
 
@@ -144,5 +149,5 @@ def check_gradients(make_grad_fn, params, model_state, batch, key):
   ):
     assert is_shared or not is_moved
   assert any(jax.tree.leaves(moved))
-  total = jax.tree.map(lambda a, b: np.asarray(a + b), main, adversarial)
+  total = jax.tree.map(np.add, main, adversarial)
   chex.assert_trees_all_close(both, total, rtol=1e-3, atol=1e-5)
