@@ -147,6 +147,9 @@ def loss_fn(kernel, batch):
   return cross_entropy(batch['image'] @ kernel, batch['label'])
 
 
+gradient = jax.jit(jax.grad(loss_fn))
+
+
 def make_kernel():
   rng = np.random.default_rng(0)
   return jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
@@ -211,10 +214,11 @@ def train(epochs, mesh=None):
   return kernel
 
 
+@jax.jit
 def naive_fgsm(kernel, batch, count):
-  gradient = jax.grad(lambda x: loss_fn(kernel, {**batch, 'image': x}))
+  slope = jax.grad(lambda x: loss_fn(kernel, {**batch, 'image': x}))
   image = batch['image']
-  moved = image + EPSILON * jnp.sign(gradient(image))
+  moved = image + EPSILON * jnp.sign(slope(image))
   attacked = jnp.arange(SIZE)[:, None] < count
   return {**batch, 'image': jnp.where(attacked, moved, image)}
 
@@ -228,9 +232,9 @@ def naive_train(steps):
       count = 2 if i < 2 and size < 8 else 0
       parts.append(naive_fgsm(kernel, make_batch(t, size=SIZE), count))
       t += 1
-    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    velocity = 0.9 * velocity + jax.grad(loss_fn)(kernel, batch)
-    kernel = kernel - 0.1 * (size / 2) * velocity
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    velocity = np.float32(0.9) * velocity + gradient(kernel, batch)
+    kernel = kernel - np.float32(0.1 * (size / 2)) * velocity
   return kernel
 
 
@@ -284,7 +288,7 @@ def test_without_thresholds_it_is_plain_sgd():
     kernel, opt_state = step(kernel, opt_state, plan, batch)
     plan = controller.update(eigenvalue, plan)
     updates, sgd_state = sgd.update(
-      jax.grad(loss_fn)(expected, batch), sgd_state, expected
+      gradient(expected, batch), sgd_state, expected
     )
     expected = optax.apply_updates(expected, updates)
   chex.assert_trees_all_close(kernel, expected, rtol=1e-6)
@@ -315,7 +319,9 @@ def test_curvature_drives_it():
     plan = controller.update(eigenvalues[-1], plan)
     for _ in range(4):
       kernel, opt_state = step(kernel, opt_state, plan, batch)
-  flat = jax.hessian(lambda w: loss_fn(w.reshape(5, 3), batch))(kernel.ravel())
+  flat = jax.jit(jax.hessian(lambda w: loss_fn(w.reshape(5, 3), batch)))(
+    kernel.ravel()
+  )
   np.testing.assert_allclose(
     curvature(kernel), np.linalg.eigvalsh(flat)[-1], rtol=1e-3
   )

@@ -58,7 +58,7 @@ def test_a_known_covariance_is_found_within_five_percent():
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-  groups=st.integers(2, 9),
+  groups=st.sampled_from([2, 3, 8]),
   examples=st.integers(1, 5),
   steps=st.integers(1, 4),
   decay=st.sampled_from([0.0, 0.5, 0.99]),
@@ -130,13 +130,13 @@ def test_the_gradients_are_those_of_the_devices():
 @pytest.mark.slow
 def test_it_follows_conadv_with_its_branches():
   grad_fn = conadv.accumulate(
-    conadv.wrap(loss_fn, attack=conadv.fgsm(0.1), has_state=True),
+    conadv.wrap(loss_fn, 0, attack=conadv.fgsm(0.1), has_state=True),
     4,
     second_moment=True,
   )
   params, model_state = conadv.dual_bn.split(*init_model())
-  state = grad_fn.init(params, [make_batch(0)], model_state=model_state)
-  (_, aux), grads, _ = grad_fn.value_and_grad(
+  state = grad_fn.init(params, [])
+  (_, aux), grads, _ = jax.jit(grad_fn.value_and_grad)(
     params, state, make_batch(1), model_state=model_state
   )
   tracker = conadv.noise_scale(batch_size=16, groups=4)
