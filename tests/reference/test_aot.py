@@ -1,13 +1,10 @@
 """The compiler's account of a step, against counts by hand."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import types
-from pathlib import Path
 
+import forked_commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,71 +17,8 @@ from reference.configs import imagenet_96k
 from reference.run import methods, train
 from reference.tools import account, slices
 
-ROOT = Path(__file__).parents[2]
 SHARE = 256
 CORES = 8
-
-
-# Slices, and then the command.
-SCRIPT = """
-import json, re
-import jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from reference import aot, command
-from reference.tools import slices
-
-jax.config.update('jax_platforms', 'cpu')
-errors = []
-given = ('v3:2x2', 700), ('v12:2x2', 8), ('v3:2x3', 8), ('v2:2x2', 8)
-for topology, batch_size in given:
-  try:
-    slices.make_mesh(topology, batch_size)
-  except ValueError as error:
-    errors.append(str(error))
-memory = {}
-for topology in ('v3:2x2', 'v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
-  mesh = slices.make_mesh(topology, 8)
-  x = jax.ShapeDtypeStruct((2**20, 2**18), jnp.float32,
-                           sharding=NamedSharding(mesh, P('data')))
-  try:
-    jax.jit(lambda x: x + 1).lower(x).compile()
-  except jax.errors.JaxRuntimeError as error:
-    kind = mesh.devices.flat[0].device_kind
-    limit = re.search(r'available HBM \\(([\\d.]+)G\\)', str(error))[1]
-    memory[kind] = mesh.size, float(limit)
-chips = 'v3:1x1', 'v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1'
-alone = [slices.make_mesh(chip, 2).size for chip in chips]
-print(json.dumps([errors, memory, alone]))
-command.run(aot.main)
-"""
-
-
-@pytest.fixture(scope='module')
-def said():
-  """What is said of slices, and by the command of a small step."""
-  result = subprocess.run(
-    [
-      sys.executable,
-      '-c',
-      SCRIPT,
-      '--topology=v3:2x2',
-      '--config=reference/configs/imagenet_96k.py',
-      # As the compiler takes longer the more there is to compute.
-      '--config.model.stem=small',
-      '--config.model.stage_sizes=(1,)',
-      '--config.model.block=plain',
-      '--config.model.filters=8',
-      '--config.data.size=16',
-      f'--config.batch_size={SHARE * CORES}',
-    ],
-    cwd=ROOT,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr
-  slices_said, _, step_said = result.stdout.partition('\n')
-  return json.loads(slices_said), step_said
 
 
 def number(name, text):
@@ -93,8 +27,22 @@ def number(name, text):
 
 
 @pytest.mark.slow
-def test_a_small_step_on_v3_is_counted_right(said):
-  _, out = said
+def test_a_small_step_on_v3_is_counted_right():
+  result = forked_commands.run(
+    '-m',
+    'reference.aot',
+    '--topology=v3:2x2',
+    '--config=reference/configs/imagenet_96k.py',
+    # As the compiler takes longer the more there is to compute.
+    '--config.model.stem=small',
+    '--config.model.stage_sizes=(1,)',
+    '--config.model.block=plain',
+    '--config.model.filters=8',
+    '--config.data.size=16',
+    f'--config.batch_size={SHARE * CORES}',
+  )
+  assert result.returncode == 0, result.stderr
+  out = result.stdout
   assert '2,048 images a step, 256 on each of 8 devices (TPU v3)' in out
   assert 'fits into the 15.48 GiB' in out
 
@@ -132,9 +80,42 @@ def test_a_small_step_on_v3_is_counted_right(said):
   assert by_hand < number('FLOPs', out) < 1.5 * by_hand
 
 
+SCRIPT = """
+import json, re
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from reference.tools import slices
+
+jax.config.update('jax_platforms', 'cpu')
+errors = []
+given = ('v3:2x2', 700), ('v12:2x2', 8), ('v3:2x3', 8), ('v2:2x2', 8)
+for topology, batch_size in given:
+  try:
+    slices.make_mesh(topology, batch_size)
+  except ValueError as error:
+    errors.append(str(error))
+memory = {}
+for topology in ('v3:2x2', 'v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
+  mesh = slices.make_mesh(topology, 8)
+  x = jax.ShapeDtypeStruct((2**20, 2**18), jnp.float32,
+                           sharding=NamedSharding(mesh, P('data')))
+  try:
+    jax.jit(lambda x: x + 1).lower(x).compile()
+  except jax.errors.JaxRuntimeError as error:
+    kind = mesh.devices.flat[0].device_kind
+    limit = re.search(r'available HBM \\(([\\d.]+)G\\)', str(error))[1]
+    memory[kind] = mesh.size, float(limit)
+chips = 'v3:1x1', 'v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1'
+alone = [slices.make_mesh(chip, 2).size for chip in chips]
+print(json.dumps([errors, memory, alone]))
+"""
+
+
 @pytest.mark.slow
-def test_slices_that_cannot_be_and_the_memory_of_those_that_can(said):
-  (errors, memory, alone), _ = said
+def test_slices_that_cannot_be_and_the_memory_of_those_that_can():
+  result = forked_commands.run('-c', SCRIPT)
+  assert result.returncode == 0, result.stderr
+  errors, memory, alone = json.loads(result.stdout)
   indivisible, generation, shape, old = errors
   assert '700 on the 8 devices of v3:2x2' in indivisible
   assert '--config.batch_size=704' in indivisible

@@ -4,22 +4,18 @@ No time is asserted, only that there is one.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
+import forked_commands
 import pytest
 
 from reference.benchmarks import schedule, steps
 from reference.tools import tables
 
-ROOT = Path(__file__).parents[2]
 FIGURES = ('seconds', 'flops', 'memory_bytes', 'compile_seconds')
 
 
-# In a process of its own, as the commands define the same flags.
+# The commands define the same flags.
 COMMAND = """
 from absl import app
 from reference.benchmarks import measure, {command}
@@ -30,21 +26,14 @@ app.run({command}.main)
 
 def run(command, folder, *arguments, before=''):
   """What a command prints, on a tiny net."""
-  result = subprocess.run(
-    [
-      sys.executable,
-      '-c',
-      COMMAND.format(command=command, before=before),
-      '--net=tiny',
-      '--rounds=1',
-      '--orders=1',
-      f'--out={folder}',
-      *arguments,
-    ],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
+  result = forked_commands.run(
+    '-c',
+    COMMAND.format(command=command, before=before),
+    '--net=tiny',
+    '--rounds=1',
+    '--orders=1',
+    f'--out={folder}',
+    *arguments,
   )
   assert result.returncode == 0, result.stderr
   return result.stdout

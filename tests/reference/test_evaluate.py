@@ -1,11 +1,8 @@
 """`reference.evaluate` on a run, against measures by hand."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forked_commands
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,7 +17,6 @@ from reference.run import train
 
 STEPS = 60
 SOME = [0, 1, 3, 6, 8]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -46,34 +42,8 @@ def workdir(tmp_path_factory):
   return folder
 
 
-# The second time with the arguments of the process.
-TWICE = """
-import sys
-from reference import command, evaluate
-arguments, sys.argv = sys.argv, sys.argv[:1]
-try:
-  command.run(evaluate.main)
-except SystemExit as end:
-  print(end.code)
-sys.argv = arguments
-command.run(evaluate.main)
-"""
-
-
 def evaluate(*arguments):
-  """Of no model, then of one."""
-  return subprocess.run(
-    [sys.executable, '-c', TWICE, *arguments],
-    cwd=ROOT,
-    env={
-      'PATH': '',
-      'PYTHONPATH': str(ROOT / 'tests' / 'support'),
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': os.environ['XLA_FLAGS'],
-    },
-    capture_output=True,
-    text=True,
-  )
+  return forked_commands.run('-m', 'reference.evaluate', *arguments, PATH='')
 
 
 def probabilities(workdir, branch, images):
@@ -124,9 +94,6 @@ def test_a_run_is_evaluated_on_its_own_images_and_on_others(workdir, tmp_path):
     f'--out={out}',
   )
   assert run.returncode == 0, run.stderr
-  assert run.stdout.startswith('2\n')
-  assert 'Given --workdir=None and --model=None' in run.stderr
-  assert 'Traceback' not in run.stderr
   rows = read_csv(out / 'evaluation.csv')
   forms = [(row['epsilon'], row['classes'], row['steps']) for row in rows]
   assert forms == [
@@ -165,3 +132,10 @@ def test_a_run_is_evaluated_on_its_own_images_and_on_others(workdir, tmp_path):
     assert min(figure.size) > 500
   assert f'| {len(some)} | PGD-3, 0.1 | 5 |' in run.stdout
   assert f'{float(rows[0]["top_1"]):.2%}' in run.stdout
+
+
+def test_one_model_is_evaluated():
+  run = evaluate()
+  assert run.returncode == 2
+  assert 'Given --workdir=None and --model=None' in run.stderr
+  assert 'Traceback' not in run.stderr

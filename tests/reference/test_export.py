@@ -1,13 +1,12 @@
 """A model taken out of a run, and the files that it becomes."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked_commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +39,12 @@ def workdir(tmp_path_factory):
 def folder(workdir, tmp_path_factory):
   """An export of step 2, made by the command on one device."""
   out = tmp_path_factory.mktemp('out') / 'my_model'
-  command = f'-m reference.export --workdir={workdir} --out={out} --step=2'
-  result = subprocess.run(
-    [sys.executable, *command.split()],
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+  result = forked_commands.run(
+    '-m',
+    'reference.export',
+    f'--workdir={workdir}',
+    f'--out={out}',
+    '--step=2',
   )
   assert result.returncode == 0, result.stderr
   assert f'Step 2 of {workdir}: ' in result.stdout
