@@ -452,10 +452,10 @@ def test_arrays_of_an_attack_enter_devices(norm, axis_type):
     grad_fn = conadv.data_parallel(grad_fn, mesh) if devices else grad_fn
     return grad_fn.value_and_grad(params, grad_fn.init(params, []), batch)[1]
 
-  expected = gradient(False, params, batch, 0.1)
+  step = jax.jit(gradient, static_argnums=0)
+  expected = step(False, params, batch, jnp.float32(0.1))
   with jax.set_mesh(mesh):
     batch = jax.device_put(batch, jax.NamedSharding(mesh, P('data')))
-    step = jax.jit(gradient, static_argnums=0)
     grads = step(True, params, batch, jnp.float32(0.1))
   np.testing.assert_allclose(grads, expected, rtol=1e-5)
 

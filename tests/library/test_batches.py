@@ -141,11 +141,14 @@ def test_container_makes_no_difference(form):
     'image',
   )
 
+  # How a container is read and written does not depend on the form.
+  containers = list(CONTAINERS.values())[:: 1 if form == 'staleness-2' else 3]
+
   @jax.jit
   def every(params, arrays):
     return [
       train(container, params, arrays, **FORMS[form])
-      for container in (plain, *CONTAINERS.values())
+      for container in (plain, *containers)
     ]
 
   params = {
@@ -201,13 +204,12 @@ def test_bare_array_is_a_batch(form):
 
 
 CONVERTED = {
-  'attack pass': {'attack': conadv.pgd(0.3)},
-  'reused gradient': {'attack': conadv.fgsm(0.3), 'reuse_gradient': True},
-  'fraction': {'attack': conadv.fgsm(0.3), 'adversarial_fraction': 0.5},
-  'further view': {
-    'attack': conadv.fgsm(0.3),
+  'attack pass': {
+    'attack': conadv.pgd(0.3),
     'extra_branches': {'flipped': 'flipped'},
   },
+  'reused gradient': {'attack': conadv.fgsm(0.3), 'reuse_gradient': True},
+  'fraction': {'attack': conadv.fgsm(0.3), 'adversarial_fraction': 0.5},
 }
 
 
@@ -309,11 +311,12 @@ def test_leaves_beside_the_inputs_come_back_untouched():
 
   grad_fn = conadv.wrap(loss_fn, 1, attack=conadv.fgsm(0.2), inputs='x')
   w, batches = jnp.arange(4.0), [batch_of(seed) for seed in range(3)]
-  state = grad_fn.init(w, batches[:1])
+  state = jax.jit(grad_fn.init)(w, batches[:1])
+  step = jax.jit(grad_fn.value_and_grad)
   for old, new in itertools.pairwise(batches):
     jax.effects_barrier()
     seen.clear()
-    _, _, state = grad_fn.value_and_grad(w, state, new)
+    _, _, state = step(w, state, new)
     jax.effects_barrier()
     for batch in seen:
       x = np.asarray(batch['x'])

@@ -1,5 +1,6 @@
 """Attack and training on devices of their own, against `data_parallel`."""
 
+import functools
 import re
 
 import chex
@@ -134,10 +135,11 @@ def test_is_data_parallel_with_all_that_wrap_can_do():
     has_key=True,
   )
   assert_same_as_data_parallel(
-    (2, 4, 1), grad_fn, batches, branches=('adversarial', 'augmented')
+    (2, 4, 2), grad_fn, batches, branches=('adversarial', 'augmented')
   )
 
 
+@functools.cache
 def compiled_step(mesh, batch_spec, attackers=1):
   """The program of one step without draws, and what it returns."""
   grad_fn = conadv.concurrent(
@@ -236,7 +238,7 @@ def dots(lines):
 
 @pytest.mark.slow
 def test_each_role_runs_its_own_branch_of_the_program():
-  program, _ = compiled_step(make_mesh(1, 4), P('data'))
+  program, _ = compiled_step(make_mesh(1, 5), P('data'), 2)
   attack, train = branches_of(program)
   # A share is 8 examples of 5 features, with 8 hidden units and 3 classes. The
   # attack: forward, and backward to the hidden units and the inputs.

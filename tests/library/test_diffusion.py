@@ -133,11 +133,15 @@ def test_lars_sees_one_agent_at_a_time():
   alone = attacked()
   rows = slice(SIZE // AGENTS, 2 * SIZE // AGENTS)
   w, opt_state = jnp.asarray(W), tx.init(W)
-  for batch in BATCHES:
-    own = jax.tree.map(lambda x: x[rows], batch)
+
+  @jax.jit
+  def step(w, opt_state, own):
     _, grads, _ = alone.value_and_grad(w, alone.init(w, []), own)
     updates, opt_state = tx.update(grads, opt_state, w)
-    w = optax.apply_updates(w, updates)
+    return optax.apply_updates(w, updates), opt_state
+
+  for batch in BATCHES:
+    w, opt_state = step(w, opt_state, jax.tree.map(lambda x: x[rows], batch))
   chex.assert_trees_all_close(together[1], w, **CLOSE)
 
 

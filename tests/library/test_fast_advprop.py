@@ -99,7 +99,7 @@ def shifted(epsilon, shift):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('start', 'weight'), [(0.0, 0.5), (0.0, 0.0), (0.05, 0.3), (0.05, 1.0)]
+  ('start', 'weight'), [(0.0, 0.5), (0.0, 0.0), (0.05, 0.3)]
 )
 def test_the_step_is_the_one_by_hand(start, weight):
   params, model_state = branched()

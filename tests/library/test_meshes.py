@@ -91,16 +91,12 @@ WRAPPERS = {
   'devices, fraction and reuse': (
     make_wrap(2, reuse_gradient=True, adversarial_fraction=0.5),
     devices, micro(8), 8, 1),
-  'micro-batches': (make_wrap(), micro(4), micro(4), 1, 1),
   'micro-batches on devices': (
     make_wrap(), after(devices, micro(2)), micro(16), 8, 2),
   'devices in micro-batches': (
     make_wrap(), after(micro(2), devices), micro(16), 8, 2),
   'roles': (make_wrap(2), roles, micro(6), 6, 1),
   'LookSAM': (make_wrap(), sam(every=2), sam(every=2), 1, 1),
-  'LookSAM on devices': (
-    make_wrap(), after(devices, sam(every=2)),
-    after(micro(8), sam(every=2)), 8, 1),
   'sam over an axis': (
     make_wrap(), after(devices, sam(axis='data')), sam(micro(8)), 8, 1),
   'LookSAM over an axis': (
@@ -341,18 +337,20 @@ def test_any_number_of_groups_is_the_mean_over_them(number_and_dtype, seed):
   )
 
 
-@pytest.mark.parametrize('kind', KINDS, ids=str)
 @pytest.mark.parametrize(
-  ('shape', 'axis'),
+  ('shape', 'axis', 'kind'),
   [
-    ((1,), 'data'),
-    ((5,), 'data'),
-    ((8,), 'data'),
-    ((2, 4), 'data'),
-    ((4, 2), 'other'),
-    ((2, 4), ('other', 'data')),
-    ((2, 2, 2), ('data', 'third')),
+    ((1,), 'data', AxisType.Explicit),
+    ((5,), 'data', AxisType.Auto),
+    ((8,), 'data', AxisType.Auto),
+    ((8,), 'data', AxisType.Explicit),
+    ((2, 4), 'data', AxisType.Explicit),
+    ((4, 2), 'other', AxisType.Auto),
+    ((2, 4), ('other', 'data'), AxisType.Explicit),
+    ((2, 2, 2), ('data', 'third'), AxisType.Auto),
+    ((2, 2, 2), ('data', 'third'), AxisType.Explicit),
   ],
+  ids=str,
 )
 def test_any_mesh_is_the_mean_over_its_groups(shape, axis, kind):
   mesh = make_mesh(

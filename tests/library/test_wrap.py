@@ -158,7 +158,6 @@ def test_staleness_zero_is_the_advprop_step():
     (0.01, 5, 1, False),
     (0.999, 4, 3, False),
     (0.5, 7, 3, True),
-    (1.0, 5, 5, True),
   ],
 )
 def test_fraction_is_the_mean_over_the_first_part(fraction, size, count, reuse):
