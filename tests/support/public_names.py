@@ -83,6 +83,7 @@ _WRAPS: dict[str, dict[str, Any]] = {
   'staleness-3': {'staleness': 3},
   'reuse_gradient': {'reuse_gradient': True, 'attack': conadv.fgsm(0.1)},
   'fraction': {'adversarial_fraction': 0.5, 'staleness': 1},
+  'every': {'every': 2, 'staleness': 1},
   'everything': {
     'loss_fn': full_loss,
     'staleness': 2,
