@@ -89,7 +89,8 @@ def test_a_shared_state_keeps_the_main_update_alone():
     loss_fn,
     0,
     attack=conadv.fgsm(EPSILON),
-    extra_branches={'augmented': 'view'},
+    # By its name it would be the last.
+    extra_branches={'other': 'view'},
     has_state=True,
   )
   (_, aux), _, _ = jax.jit(grad_fn.value_and_grad)(

@@ -125,3 +125,18 @@ def test_plain_blocks_on_a_strided_stem_are_a_chain_of_convolutions():
   norms, head = 2 * (4 + 8 + 16), 16 * 10 + 10
   leaves = jax.tree.leaves(variables['params'])
   assert sum(leaf.size for leaf in leaves) == kernels + norms + head
+
+
+def test_statistics_move_a_tenth_of_the_way():
+  model = make(stage_sizes=(), filters=2)
+  images = np.random.default_rng(0).normal(size=(8, 4, 4, 3))
+  images = images.astype(np.float32)
+  variables = model.init(jax.random.key(0), images, train=False)
+  _, kept = model.apply(
+    variables, images, train=True, mutable=True, capture_intermediates=True
+  )
+  [before] = kept['intermediates']['stem']['__call__']
+  mean, var = (f(np.asarray(before), (0, 1, 2)) for f in (np.mean, np.var))
+  moved = kept['batch_stats']['stem_norm']
+  np.testing.assert_allclose(moved['mean'], 0.1 * mean, atol=1e-6)
+  np.testing.assert_allclose(moved['var'], 0.9 + 0.1 * var, rtol=1e-5)
