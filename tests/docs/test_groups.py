@@ -66,7 +66,6 @@ def test_every_row_is_here():
   assert len(re.findall(r'^\| .*$', TABLE, re.M)) == len(ROWS) + 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('wrapper', 'over', 'groups'), ROWS)
 def test_the_group_of_a_row(wrapper, over, groups):
   def loss_fn(w, x):

@@ -238,7 +238,6 @@ def naive_train(steps):
   return kernel
 
 
-@pytest.mark.slow
 def test_loop_is_training_with_whole_batches():
   # It grows to 4 after 12 micro-batches and to 8 after 24, between two steps.
   epochs = (8.0, 4.0, 4.0, 2.0, 2.0, 2.0)
@@ -294,7 +293,6 @@ def test_without_thresholds_it_is_plain_sgd():
   chex.assert_trees_all_close(kernel, expected, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_curvature_drives_it():
   """The eigenvalue of a real loss, which falls as the model gets confident."""
   controller = conadv.absa(8, patience=None)

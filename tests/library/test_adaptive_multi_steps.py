@@ -163,7 +163,6 @@ def test_bfloat16_parameters_may_have_float32_gradients(tx):
     chex.assert_trees_all_close(state.inner, expected.inner_opt_state)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'tx',
   [

@@ -108,7 +108,6 @@ def test_the_gradient_is_the_mean_over_copies_and_examples():
   np.testing.assert_allclose(grads, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_micro_batches_are_copies():
   copies = 3
   batch = conadv.batch_augment(jitter, copies)(KEY, make_batch(0))

@@ -166,7 +166,6 @@ def test_container_makes_no_difference(form):
     assert losses['adversarial'] != losses['main']
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('form', FORMS)
 def test_bare_array_is_a_batch(form):
   def loss_of_array(w, x):

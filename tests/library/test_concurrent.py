@@ -182,7 +182,6 @@ def num_bytes(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(('rows', 'roles', 'attackers'), [(2, 4, 1), (1, 5, 2)])
 def test_no_byte_travels_that_need_not(rows, roles, attackers):
   mesh = make_mesh(rows, roles)
@@ -236,7 +235,6 @@ def dots(lines):
   return sorted(match[1] for match in found if match)
 
 
-@pytest.mark.slow
 def test_each_role_runs_its_own_branch_of_the_program():
   program, _ = compiled_step(make_mesh(1, 5), P('data'), 2)
   attack, train = branches_of(program)

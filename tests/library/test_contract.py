@@ -145,7 +145,6 @@ def test_attack_in_a_scan_with_fixed_epsilons_is_a_loop_with_traced_ones(case):
   assert len(traces) == 1, 'It compiles once while `epsilon` changes.'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('case', cases('targets'))
 def test_targets_are_drawn_by_key_alone(case):
   targets = case.make()
@@ -235,7 +234,6 @@ def test_leaf_reads_what_it_wrote(case):
   chex.assert_trees_all_equal({k: written[k] for k in batch}, batch)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('case', cases('helper'))
 def test_helper_is_pure_and_can_be_traced(case):
   leaves, treedef = jax.tree.flatten(case.arguments)

@@ -147,6 +147,7 @@ def descend(params, grads):
   )
 
 
+@pytest.mark.slow
 def test_wrapper_gives_its_buffers_back_and_keeps_the_form_of_its_state(
   wrapper,
 ):
@@ -161,6 +162,7 @@ def test_wrapper_gives_its_buffers_back_and_keeps_the_form_of_its_state(
       assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
+@pytest.mark.slow
 def test_wrapper_compiles_once_while_numbers_change(wrapper):
   carry, branches = wrapper.begin(), list(wrapper.numbers['weights'])
   for t in range(6):
@@ -181,6 +183,7 @@ def test_wrapper_compiles_once_while_numbers_change(wrapper):
   assert wrapper.traces == 1
 
 
+@pytest.mark.slow
 def test_wrapper_in_a_scan_with_fixed_numbers_is_a_loop_with_traced_ones(
   wrapper,
 ):
@@ -313,6 +316,7 @@ def queue_of(state):
 
 
 # In the forms that `test_low_precision.py` does not compare with float32.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'case', cases('gradient', forms=('everything-', 'staleness-3-fisher'))
 )

@@ -231,7 +231,6 @@ def test_optimizer_keeps_dtypes(case, dtype):
   chex.assert_tree_all_finite((updates, state))
 
 
-@pytest.mark.slow
 @rated_optimizers
 @dtypes
 def test_optimizer_finds_the_minimum_of_a_quadratic(case, dtype):

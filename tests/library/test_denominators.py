@@ -152,7 +152,6 @@ def check(run, naive, masks, *, rtol=2e-4):
 
 
 # Micro-batches and devices alone have a test of every staleness.
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'groups',
   [name for name in GROUPS if name not in ('micro-batches', 'devices')],
@@ -283,6 +282,7 @@ def test_statistics_and_metrics_are_averaged_likewise(groups):
   chex.assert_tree_all_finite(aux)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('groups', 'dtype'),
   [

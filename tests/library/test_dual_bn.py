@@ -47,7 +47,6 @@ LINEN_OWN = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('whole_collections', [False, True])
 def test_linen_norm_layers_are_found(whole_collections):
   variables = jax.jit(LinenNet().init)(KEY, jnp.zeros((2, 4, 4, 1)))
@@ -77,7 +76,6 @@ def test_nnx_norm_layers_are_found():
   )
 
 
-@pytest.mark.slow
 def test_haiku_norm_layers_are_found():
   def forward(x):
     x = hk.nets.MLP([4])(x)

@@ -79,7 +79,6 @@ def test_a_batch_that_the_trainers_do_not_divide(size):
   assert_says(error, 'multiple of the 6 trainers', 'image', 'drop or pad')
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'spread',
   [

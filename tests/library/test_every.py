@@ -87,7 +87,6 @@ def descend(grad_fn, step, steps):
   return np.array(outputs), losses
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('staleness', 'every'), [(0, 3), (1, 1), (1, 2), (2, 3), (3, 2)]
 )
@@ -118,7 +117,6 @@ def test_groups_take_turns_together(kind):
       )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('staleness', [0, 2])
 def test_passes_that_have_no_turn_are_not_run(staleness):
   run = []

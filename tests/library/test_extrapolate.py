@@ -340,7 +340,6 @@ def test_micro_batches_are_devices():
   )
 
 
-@pytest.mark.slow
 def test_the_direction_is_float32_in_a_model_of_bfloat16():
   grad_fn = conadv.extrapolate(plain_loss, jnp.float32(0.1))
   params = make_params(jnp.bfloat16)

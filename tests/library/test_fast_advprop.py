@@ -127,6 +127,7 @@ def test_the_step_is_the_one_by_hand(start, weight):
   assert state == ((), ())
 
 
+@pytest.mark.slow
 def test_each_branch_updates_its_statistics_once_from_its_last_pass():
   params, model_state = branched()
   batch = make_batch(0, size=NUM)
@@ -175,7 +176,6 @@ def example_wise(params, batch):
   return jnp.mean((hidden @ params['head']['kernel']) ** 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('size', [2, 16])
 def test_without_perturbation_it_is_the_plain_step(size):
   params, _ = init_model()
@@ -200,6 +200,7 @@ def test_a_traced_weight_is_a_fixed_one():
   chex.assert_trees_all_close(traced, fixed, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_attack_without_weight_lets_no_nan_through():
   def loss(w, batch):
     # Defined but at the clean input of the attacked example.
@@ -286,6 +287,7 @@ def test_a_step_costs_one_and_a_fifth_plain_steps():
   assert 1.15 < ratio < 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('attack', 'dtype'),
   [

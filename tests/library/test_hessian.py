@@ -180,7 +180,6 @@ def test_a_multiple_of_the_identity_has_one_eigenvalue_over_and_over(value):
   chex.assert_trees_all_close(pairs.values, jnp.full(6, value), rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_residuals_bound_the_distance_to_an_eigenvalue():
   spectrum = np.linspace(-1, 3, 40) ** 3
   matrix, _ = symmetric(spectrum)
@@ -199,7 +198,6 @@ def test_residuals_bound_the_distance_to_an_eigenvalue():
     assert np.min(np.abs(spectrum - value)) <= residual + 1e-4
 
 
-@pytest.mark.slow
 def test_lanczos_is_never_below_power_iteration_of_the_same_cost():
   matrix, _ = symmetric(np.linspace(0.1, 2, 30) ** 2)
 
@@ -216,7 +214,6 @@ def test_lanczos_is_never_below_power_iteration_of_the_same_cost():
     assert power < largest <= 4 + 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('iterations', [1, 10])
 def test_an_iteration_costs_one_product(iterations):
   calls = []
@@ -237,7 +234,6 @@ def test_an_iteration_costs_one_product(iterations):
   assert len(calls) == iterations
 
 
-@pytest.mark.slow
 def test_a_loss_without_curvature_has_eigenvalues_of_zero():
   @jax.jit
   def analyse(params, x):
@@ -338,7 +334,6 @@ def test_quadrature_of_degree_k_is_exact_for_2k_minus_1_moments():
   assert abs(sixth - np.mean(np.asarray(diagonal) ** 6)) > 1
 
 
-@pytest.mark.slow
 def test_weights_find_the_multiplicity_of_a_known_spectrum():
   matrix, _ = symmetric([0.0] * 15 + [1.0] * 4 + [5.0])
   density = jax.jit(

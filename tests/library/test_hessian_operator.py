@@ -49,7 +49,6 @@ def test_operator_is_the_closed_form_of_a_logistic_regression():
   np.testing.assert_allclose(as_matrix(matvec, w), expected, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('micro_batches', [1, 4])
 def test_input_operator_is_the_dense_hessian_in_the_inputs(micro_batches):
   params, batch = make_net(), make_batch(8)
@@ -256,7 +255,6 @@ def test_a_float16_mean_over_a_large_batch_keeps_its_digits():
     assert error < 5e-3
 
 
-@pytest.mark.slow
 def test_statistics_go_in_as_a_closure():
   scale, x = random_arrays(4, (3,), (8, 3))
 

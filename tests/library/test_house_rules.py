@@ -113,6 +113,7 @@ def test_every_public_class_has_a_docstring():
       assert not value.__doc__.startswith(f'{value.__name__}('), name
 
 
+@pytest.mark.slow
 def test_import_needs_neither_flax_nor_haiku():
   code = (
     'import sys, conadv_optax\n'

@@ -293,7 +293,6 @@ def test_the_layer_before_counts_where_its_variance_is_near(
   chex.assert_tree_all_finite(grads(batch, previous))
 
 
-@pytest.mark.slow
 def test_a_prediction_is_the_limit_of_draws():
   rng = np.random.default_rng(0)
   mean = np.array([-0.5, 0.0, 3.0], np.float32)
@@ -310,7 +309,6 @@ def test_a_prediction_is_the_limit_of_draws():
   np.testing.assert_allclose(found, [[2.0], [0.0]], atol=1e-6)
 
 
-@pytest.mark.slow
 def test_gradients_go_to_the_layer_before_and_its_kernel():
   _, previous, *_ = make_inputs(3)
   kernel = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 4)))
@@ -347,7 +345,6 @@ def test_half_precision_is_not_squared():
   np.testing.assert_allclose(y, [[0.0], [2**0.5]], atol=1e-3)
 
 
-@pytest.mark.slow
 def test_devices_share_their_statistics_by_name():
   x, previous, *_ = make_inputs()
 

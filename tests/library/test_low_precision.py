@@ -349,7 +349,6 @@ def test_a_large_gradient_of_the_one_real_group():
   np.testing.assert_allclose(np.float32(grads), 3e4, rtol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_large_gradients_of_examples_point_as_in_float32(norm):
   """Up to 13,700 each: four times that is all that float16 holds."""

@@ -210,7 +210,6 @@ ON_ONE = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', list(TRACED))
 def test_traced_numbers_enter_explicit_meshes(name):
   """Schedules: the numbers change from call to call, compiled once."""
@@ -300,7 +299,6 @@ def mean_of_squares(groups, dtype):
   )
 
 
-@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
   st.sampled_from(

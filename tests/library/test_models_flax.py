@@ -131,6 +131,7 @@ def test_cnn_statistics_are_those_of_each_branch():
   )
 
 
+@pytest.mark.slow
 def test_cnn_gradients_are_those_of_each_branch():
   batch = make_images(0)
   params, batch_stats = init_cnn(batch['image'])

@@ -55,7 +55,6 @@ def test_a_known_covariance_is_found_within_five_percent():
   np.testing.assert_allclose(scales[-1], 100, rtol=0.05)
 
 
-@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
   groups=st.sampled_from([2, 3, 8]),

@@ -141,6 +141,7 @@ def test_data_parallel_is_a_loop_over_the_shards(kind):
       )
 
 
+@pytest.mark.slow
 def test_data_parallel_statistics_are_not_those_of_the_whole_batch():
   # Otherwise the test above could not tell the two apart.
   batches = make_batches(2)

@@ -37,7 +37,6 @@ def attack_with(restarts, **kwargs):
   return conadv.pgd(1.0, steps=3, step_size=0.1, restarts=restarts, **kwargs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('targeted', [False, True])
 def test_each_example_keeps_its_worst_start(targeted):
   key = jax.random.key(3)
@@ -112,7 +111,6 @@ def test_an_array_of_losses_is_climbed_as_their_mean_is():
   chex.assert_trees_all_close(*results, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_never_the_worst():
   def losses_fn(w, batch):
     x = batch['image'][:, 0]
@@ -129,7 +127,6 @@ def test_a_loss_that_is_no_number_is_never_the_worst():
   assert (found['image'] < 0).any()
 
 
-@pytest.mark.slow
 def test_restarts_in_a_shard_map_of_the_users_own():
   mesh = make_mesh(4)
 

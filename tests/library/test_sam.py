@@ -170,6 +170,7 @@ def test_forms_of_sam_in_numpy(form, arguments):
   chex.assert_trees_all_close(params, tree_of(w), **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_forms_move_as_far_as_they_say():
   key = jax.random.key(0)
   params = {'a': jnp.ones((3, 2)), 'b': jnp.zeros(2), 'c': jnp.full(4, 3.0)}
@@ -204,7 +205,6 @@ def test_an_element_may_be_complex():
   np.testing.assert_allclose(point, w + RADIUS * move, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_mask_may_be_a_function_a_tree_or_a_prefix():
   tree = {'dense': True, 'head': {'kernel': True}, 'norm': False}
   arrays = jax.tree.map(lambda x: np.full(x.shape, x.ndim > 1), make_params())
@@ -253,7 +253,6 @@ def test_a_mask_that_is_none(mask, kind, says):
     grad_fn.value_and_grad(params, grad_fn.init(params, []), jnp.ones((1, 3)))
 
 
-@pytest.mark.slow
 def test_float32_parameters_keep_the_move_that_bfloat16_loses():
   """As the docstring has it, with a tenth of the weights and their radius."""
   keys = jax.random.split(jax.random.key(0))
@@ -455,7 +454,6 @@ def run(grad_fn, steps=4, size=32, parts=1):
   return descend(make_params(), jax.tree.map(lambda *x: np.stack(x), *batches))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('every', [1, 2])
 def test_on_devices_each_perturbs_by_its_own_gradient(every):
   got, state = run(
@@ -513,7 +511,6 @@ def test_with_an_axis_statistics_stay_those_of_a_device():
   chex.assert_trees_all_close(*first_calls(inside, outside, size=32), **CLOSE)
 
 
-@pytest.mark.slow
 def test_micro_batches_are_devices():
   grad_fn = conadv.sam(plain_loss, 0.2, every=2)
   chex.assert_trees_all_close(

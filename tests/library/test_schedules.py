@@ -36,7 +36,6 @@ def test_warmup_is_linear_and_decay_polynomial(
   )
 
 
-@pytest.mark.slow
 @given(
   peak=st.one_of(st.floats(1e-8, 1e-3), st.floats(1e-3, 50)),
   warmup=st.integers(0, 5),

@@ -72,7 +72,6 @@ ATTACKS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ATTACKS)
 def test_an_example_is_what_it_has_in_all_leaves(name):
   inputs = {'left': 'left', 'right': 'right'}
@@ -154,7 +153,6 @@ def test_every_wrapper_takes_several_leaves(form, how, kind):
   chex.assert_trees_all_close(*results, **CLOSE)
 
 
-@pytest.mark.slow
 def test_the_start_is_uniform_in_the_ball_of_all_leaves():
   inputs = {'a': np.zeros((4096, 2)), 'b': np.zeros((4096, 2, 1))}
   attack = conadv.pgd(2.0, norm='l2', step_size=0.0)
@@ -172,7 +170,6 @@ def test_the_start_is_uniform_in_the_ball_of_all_leaves():
   assert np.abs(correlations).max() < 0.06
 
 
-@pytest.mark.slow
 def test_leaves_of_other_dtypes_keep_them():
   inputs = [jnp.ones((2, 3), jnp.float16), jnp.ones((2, 5))]
   attack = conadv.fgsm(0.5, norm='l2')
@@ -222,7 +219,6 @@ def test_an_input_hessian_of_several_leaves():
   chex.assert_trees_all_close(found, whole, **CLOSE)
 
 
-@pytest.mark.slow
 def test_tokens_have_balls_of_their_own():
   x, gradient = rng.normal(size=(2, 6, 5, 3)).astype(np.float32)
   of_tokens = conadv.pgd(0.4, norm='l2', batch_axes=2, random_start=False)

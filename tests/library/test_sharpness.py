@@ -128,7 +128,6 @@ def test_a_flat_loss_or_a_radius_of_zero_is_not_sharp():
   assert tuple(map(float, sharpness(jnp.ones(SIZE), flat, 1.0))) == (0, 0, 0)
 
 
-@pytest.mark.slow
 def test_the_direction_of_the_start_alone_is_random():
   batch, _, _ = make_problem([1, 2, 3, 4, 9], 1.0)
 

@@ -66,7 +66,6 @@ def part(batch, k, parts):
   return {name: x[k::parts] for name, x in batch.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('parts', 'sparsity', 'kept'),
   [(1, 0.5, 4), (1, 0.9, 0), (2, 0.5, 4), (2, 0.2, 7)],
@@ -197,6 +196,7 @@ def test_sparsity_0_is_sam_and_1_is_the_gradient(rule):
   np.testing.assert_array_equal(flat(sam[0]), 1.125 * flat(plain[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rule', [{}, DYNAMIC])
 def test_with_an_axis_all_devices_have_one_mask(rule):
   def sparse(**kwargs):
@@ -275,7 +275,6 @@ def test_a_gradient_that_is_no_number_leaves_as_many():
   assert flat(state.mask.value).sum() == 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('rule', [{}, DYNAMIC])
 def test_any_dtype_has_the_same_mask(rule):
   def loss(w, batch):

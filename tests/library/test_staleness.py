@@ -73,7 +73,6 @@ def test_both_attacks_start_at_the_same_point():
   assert report.stale_gain == report.fresh_gain != 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('fraction', [1.0, 0.5])
 def test_is_the_attack_and_the_loss_of_the_adversarial_branch(fraction):
   batch = make_batch(0)

@@ -185,7 +185,6 @@ def masked_norm(axis):
   return loss_fn
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_synchronised_statistics_with_unequal_masks(kind):
   [batch] = make_batches(1, 16)
@@ -301,7 +300,6 @@ def test_a_weight_whose_columns_lie_on_a_model_axis(method, kind, spread):
   assert got[1].sharding.is_equivalent_to(of_weight, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_trainers_of_different_rows_may_talk(kind):
   """The same place in each row; attackers have turns of their own."""

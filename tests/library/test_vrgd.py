@@ -60,6 +60,7 @@ def test_the_ratio_is_that_of_the_paper(groups, signal, low, high, seed):
     np.testing.assert_allclose(updates, expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_variance_cancels():
   groups = np.random.default_rng(0).normal(size=(8, 20)) + 1
   mean, variance = groups.mean(axis=0), groups.var(axis=0, ddof=1)
@@ -137,6 +138,7 @@ def test_an_element_without_variance_does_not_count_in_the_mean():
   chex.assert_trees_all_equal(updates[20:], mean[20:])
 
 
+@pytest.mark.slow
 def test_extreme_gradients_give_finite_updates():
   for scale in (0.0, 1e-30, 1e-20, 1e15):
     groups = scale * np.random.default_rng(0).normal(size=(8, 20))

@@ -40,7 +40,6 @@ def compiled_copies(tau):
   return jax.jit(grad_fn.init), jax.jit(grad_fn.value_and_grad)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('tau', 'size'), [(0, 3), (1, 1), (2, 3), (3, 1), (5, 3)]
 )
@@ -150,7 +149,6 @@ def test_staleness_zero_is_the_advprop_step():
   )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('fraction', 'size', 'count', 'reuse'),
   [
@@ -300,7 +298,6 @@ def test_ten_thousand_steps_neither_recompile_nor_grow():
   assert int(state.slot) == 10_000 % 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['wrap', 'accumulate', 'data_parallel'])
 def test_the_queue_may_lie_in_the_memory_of_the_host(kind):
   grad_fn = conadv.wrap(

@@ -94,6 +94,7 @@ def test_every_row_is_there_with_all_its_figures(cost):
   check_figure(folder, 'cost_cpu')
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_passes(cost):
   rows = cost[2]
   # Multiply-adds of the first layer and of all else.
@@ -173,6 +174,7 @@ def test_a_queue_costs_batches_and_copies_and_no_arithmetic(growth):
     assert temporary < entry
 
 
+@pytest.mark.slow
 def test_devices_share_the_arithmetic(growth):
   one, eight = (growth['devices', 'ConAdv', n]['flops'] for n in (1, 8))
   # Each updates all weights.
@@ -282,7 +284,6 @@ tables.write_csv(Path({path!r}), rows)
 """
 
 
-@pytest.mark.slow
 def test_what_the_csv_has_is_not_compiled_again(tmp_path):
   pytest.importorskip('libtpu')
   path = str(tmp_path / 'cost_v5e_2x2.csv')

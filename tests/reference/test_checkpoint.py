@@ -233,6 +233,7 @@ def test_other_software_is_named(workdir, targets, capsys):
   assert f'has changed: grain {version} -> 0.0. The' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_holds_one_state(workdir, monkeypatch):
   def restore(workdir, state, *arguments, restore=checkpoint.restore):
     leaves = jax.tree.leaves(state)

@@ -179,7 +179,6 @@ def test_the_model_is_resnet_50_in_bfloat16():
   assert outputs['BottleneckBlock_15'].shape == (2, 7, 7, 2048)
 
 
-@pytest.mark.slow
 def test_the_last_scale_of_every_block_starts_at_0():
   config = make(
     'imagenet_96k', **{'model.filters': 1, 'model.stage_sizes': (2, 1)}

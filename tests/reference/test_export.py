@@ -76,6 +76,7 @@ def test_it_holds_the_main_branch_under_plain_names(workdir, folder):
   assert 'batch_stats/stem_norm/var' in weights
 
 
+@pytest.mark.slow
 def test_the_description_says_what_a_user_needs(workdir, folder):
   about = json.loads((folder / 'model.json').read_text())
   assert about['layout'] == 'flax'
@@ -104,6 +105,7 @@ def test_the_description_says_what_a_user_needs(workdir, folder):
 
 
 # The example is short, and leaves a file open.
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 def test_it_serves_where_this_project_is_not(
   workdir, folder, tmp_path, monkeypatch

@@ -120,7 +120,6 @@ def test_two_processes_that_are_stopped_and_resumed_are_one(
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_processes_that_differ_do_not_start(tmp_path):
   ends = run_pair(tmp_path, '--config.lars.peak=3.0')
   for code, _, err in ends:

@@ -84,6 +84,7 @@ def test_a_run_begins_with_another_and_resumes_without_it(
     checkpoint.check_init_from(workdir, source / 'run')
 
 
+@pytest.mark.slow
 def test_a_run_that_began_by_itself_takes_no_other(source):
   with pytest.raises(Mistake, match='began with parameters that were drawn'):
     checkpoint.check_init_from(source / 'run', source / 'model')

@@ -254,7 +254,6 @@ esac
 MOUNTPOINT = '#!/bin/sh\ntest -e mnt/mounted\n'
 
 
-@pytest.mark.slow
 def test_the_run_of_the_readme_starts_again_on_a_slice_that_is_there(hosts):
   for name, text in (('sudo', SUDO), ('mountpoint', MOUNTPOINT)):
     (hosts / 'bin' / name).write_text(text)
@@ -359,7 +358,6 @@ def test_hosts_that_are_not_reached_are_lost_with_their_slice_alone(
   assert ('the slice was taken away' in result.stderr) == (status == 255)
 
 
-@pytest.mark.slow
 def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
   for host in '01':
     (hosts / host / 'go_on').write_text('1')
@@ -369,7 +367,6 @@ def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
   assert 'the slice was taken away' in result.stderr
 
 
-@pytest.mark.slow
 def test_a_dry_run_shows_all_that_a_run_does(hosts):
   for host in '01':
     (hosts / host / 'go_on').write_text('0')
@@ -470,7 +467,6 @@ def test_what_is_missing_is_named(arguments, message, hosts):
   assert not (hosts / 'log').exists()
 
 
-@pytest.mark.slow
 def test_a_run_from_nothing_to_its_end(hosts):
   config = "--config.name=it's $HOME"
   for host in '01':
@@ -493,7 +489,6 @@ def test_a_run_from_nothing_to_its_end(hosts):
   assert shown == gcloud(hosts)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on(hosts):
   start = ('start', *SLICE, '--', WORKDIR)
   for host in '01':

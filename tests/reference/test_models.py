@@ -38,6 +38,7 @@ def shapes(model, size, *, train=False):
   return jax.eval_shape(call)
 
 
+@pytest.mark.slow
 def test_resnet50_has_its_25_557_032_parameters():
   model = make(
     num_classes=1000,

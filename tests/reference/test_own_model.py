@@ -72,7 +72,6 @@ def test_the_key_of_the_step_is_that_of_dropout():
     assert min(losses) < value + 0.5
 
 
-@pytest.mark.slow
 def test_a_linen_model_is_called_as_it_is():
   model = build('vit', width=16)
   variables = variables_of(model)
@@ -121,6 +120,7 @@ def test_an_nnx_step_is_that_of_nnx(monkeypatch):
   assert_close(moved['norm']['scale'], expected['norm']['scale'][...])
 
 
+@pytest.mark.slow
 def test_batch_statistics_of_an_nnx_model_are_kept_and_split():
   model = build('batch_normed')
   variables = variables_of(model)

@@ -126,7 +126,6 @@ def test_normalize_is_mean_and_deviation_of_each_channel():
   np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('smoothing', [None, 0.0, 0.5])
 def test_labels_are_smoothed_by_what_the_loss_is_for(smoothing):
   logits = np.random.default_rng(0).normal(size=(16, CLASSES))
@@ -297,7 +296,6 @@ def test_three_branches_see_their_images_with_norm_layers_of_their_own():
     assert not np.array_equal(a, b)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('count', [37, 16, 5])
 def test_evaluation_counts_every_image_once_on_main_statistics(count):
   place, state, take = make_all()

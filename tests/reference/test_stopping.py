@@ -34,7 +34,7 @@ def listening():
 @pytest.mark.parametrize('number', stopping.SIGNALS)
 def test_every_signal_stops_at_the_end_of_a_step(number, capsys, listening):
   before = {x: signal.getsignal(x) for x in stopping.SIGNALS}
-  threads = threading.active_count()
+  threads = set(threading.enumerate())
   with stopping.watch(lambda: None) as stop:
     stop.saves = True
     assert not stop.reached(1)
@@ -43,7 +43,8 @@ def test_every_signal_stops_at_the_end_of_a_step(number, capsys, listening):
     assert stop.reached(3)
     assert stop.by() is number
   assert {x: signal.getsignal(x) for x in stopping.SIGNALS} == before
-  assert threading.active_count() == threads
+  # Threads of earlier tests may end meanwhile.
+  assert set(threading.enumerate()) <= threads
   out = capsys.readouterr().out
   assert f'{number.name}: the step under way is finished and saved' in out
 
@@ -163,6 +164,7 @@ with stopping.watch(lambda: print('released')) as stop:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('times', [1, 2])
 def test_a_busy_main_thread_does_not_keep_the_process(times):
   process = start('-c', BUSY, 'saves' if times == 2 else 'not yet')

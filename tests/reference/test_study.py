@@ -116,6 +116,7 @@ def pretend_run(config, *_, final):
   return {'accuracy': accuracy, 'train_accuracy': 1.0, 'seconds': 0.0}
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, one_device):
   monkeypatch.setattr(study_cell, 'make_program', lambda *_: None)
   monkeypatch.setattr(study_cell, 'make_measures', lambda *_: None)

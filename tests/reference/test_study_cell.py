@@ -185,7 +185,6 @@ def test_every_epoch_is_a_shuffle_of_all_images():
   assert any(next(other) != images[0, :7])
 
 
-@pytest.mark.slow
 def test_an_uneven_last_batch_counts_every_image_once(one_device):
   config = make_config()
   data = study_cell.load(config)
@@ -220,7 +219,6 @@ def test_an_uneven_last_batch_counts_every_image_once(one_device):
     np.testing.assert_allclose(found['held_out_accuracy'], right.mean())
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_has_a_row(one_device):
   config = make_config(**{'lars.peak': 1e30, 'lars.warmup_epochs': 0.0})
   data = study_cell.load(config)

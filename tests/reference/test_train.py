@@ -317,6 +317,7 @@ def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
   assert steps_saved(tmp_path / 'runs' / 'digits_vanilla') == [2]
 
 
+@pytest.mark.slow
 def test_an_argument_without_dashes_is_refused():
   result = forked_commands.run('-m', 'reference.main', 'config.method=conadv')
   assert result.returncode == 2
@@ -325,7 +326,6 @@ def test_an_argument_without_dashes_is_refused():
   assert '`--config.method=conadv`' in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
