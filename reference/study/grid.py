@@ -198,6 +198,7 @@ def run(
       'epsilon': of_cell.attack.epsilon,
       'targets': of_cell.methods.conadv.targets,
       'adversarial_fraction': of_cell.methods.conadv.adversarial_fraction,
+      'every': of_cell.methods.conadv.every,
       'augmentation': of_cell.data.crop,
       'epochs': of_cell.epochs,
       'train_images': len(data.train.labels),

@@ -98,6 +98,25 @@ def time(figure: Any, groups: results.Groups) -> None:
   )
 
 
+def price(
+  figure: Any, found: dict[str, tuple[float, list[results.Row]]]
+) -> None:
+  """Test accuracy over what a step costs by arithmetic."""
+  axes = figure.subplots()
+  for name, color in _colors(list(found)).items():
+    cost, rows = found[name]
+    mean, spread = _points(rows)
+    error = spread / len(rows) ** 0.5
+    axes.errorbar(
+      cost, mean, error, color=color, label=name, marker='o', capsize=2
+    )
+  axes.set_xlabel('arithmetic of a step / that of a plain one')
+  axes.set_ylabel('test accuracy (%), with standard error')
+  axes.legend(
+    frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5)
+  )
+
+
 def effect(
   figure: Any,
   found: list[list[results.Row]],

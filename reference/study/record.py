@@ -26,6 +26,7 @@ FIELDS = (
   'epsilon',
   'targets',
   'adversarial_fraction',
+  'every',
   'augmentation',
   'epochs',
   'train_images',
@@ -60,10 +61,13 @@ def read_rows(path: Path) -> list[Row]:
     return []
   whole = path.read_text().rpartition('\n')[0]
   rows = list(csv.DictReader(whole.splitlines()))
-  if whole and tuple(whole.splitlines()[0].split(',')) != FIELDS:
+  # One that lacks columns was written before there were these.
+  others = set(whole.partition('\n')[0].split(',')) - {*FIELDS, ''}
+  if others:
     raise Mistake(
       f'A study goes on where its CSV ends, with the same columns. {path} has '
-      'others. Likely another version wrote it: take another --workdir.'
+      f'{", ".join(sorted(others))} too. Likely another version wrote it: take '
+      'another --workdir.'
     )
   return rows
 

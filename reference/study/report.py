@@ -44,6 +44,7 @@ COMPARISONS = (
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
 )
+_WHOLE_GAIN = 'vanilla', 'conadv'
 _NO_BREAK = '\N{NO-BREAK SPACE}'
 
 
@@ -149,6 +150,45 @@ def comparison_table(groups: results.Groups) -> str:
   )
 
 
+def price_table(groups: results.Groups) -> str:
+  """What each variant gains at the largest batch, and what it costs."""
+  found = results.priced(groups)
+  plain, whole = (found.get(name, (0.0, []))[1] for name in _WHOLE_GAIN)
+  of_all = results.differences(whole, plain)
+  seconds = results.values(plain, 'seconds_a_step')
+  lines = []
+  for variant, (cost, rows) in found.items():
+    gains = results.differences(rows, plain)
+    own = results.values(rows, 'seconds_a_step')
+    lines.append(
+      (
+        f'`{variant}`',
+        f'{cost:.2f}',
+        f'{statistics.median(own) / statistics.median(seconds):.2f}'
+        if own and seconds
+        else '',
+        f'{100 * statistics.fmean(gains):+.2f}' if gains else '',
+        f'{100 * statistics.stdev(gains) / math.sqrt(len(gains)):.2f}'
+        if len(gains) > 1
+        else '',
+        f'{100 * statistics.fmean(gains) / statistics.fmean(of_all):.0f}'
+        if gains and of_all
+        else '',
+      )
+    )
+  return table(
+    (
+      'variant',
+      'arithmetic / plain',
+      's / plain',
+      'points over vanilla',
+      'standard error',
+      "% of ConAdv's gain",
+    ),
+    lines,
+  )
+
+
 def trial_table(rows: Iterable[results.Row]) -> str:
   """Validation accuracy of every peak that was tried."""
   tried: dict[results.Group, list[str]] = {}
@@ -203,6 +243,8 @@ def report(rows: Sequence[results.Row]) -> str:
     parts += [f'### Batch {batch_size:,}', accuracy_table(groups, batch_size)]
   parts += ['### Differences', comparison_table(groups)]
   if groups:
+    if results.has_prices(groups):
+      parts += ['### Price', price_table(groups)]
     for name, found in results.effects(groups).items():
       if len(found) > 1:
         parts += [f'### Effect of {name}', effect_table(found)]
@@ -224,6 +266,8 @@ def draw(rows: Sequence[results.Row], folder: Path) -> None:
 
   save('accuracy', plots.accuracy, groups, width=7.5)
   save('time', plots.time, groups, width=9.5)
+  if results.has_prices(groups):
+    save('price', plots.price, results.priced(groups), width=7.5)
   plain = groups.get(('vanilla', max(size for _, size in groups)), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]

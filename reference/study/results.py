@@ -18,14 +18,27 @@ _WHAT_AN_ABLATION_CHANGES = (
   'epsilon',
   'targets',
   'adversarial_fraction',
+  'every',
   'augmentation',
 )
+# What an attacked example costs beside a clean one. Forward, backward to the
+# weights and backward to the inputs are a third each, and an attack pass has no
+# gradient of the weights.
+_PASSES = {
+  'vanilla': 0.0,
+  'advprop': 1 + 2 / 3,
+  'conadv': 1 + 2 / 3,
+  'conadv_reuse': 1.0,
+}
 
 
 def read(path: Path) -> list[Row]:
   """The rows, numbers as such; what a row does not have is left out."""
   return [
-    {name: tables.to_number(text) for name, text in row.items() if text}
+    {
+      'every': 1.0,
+      **{name: tables.to_number(text) for name, text in row.items() if text},
+    }
     for row in record.read_rows(path)
   ]
 
@@ -65,6 +78,31 @@ def differences(first: Sequence[Row], second: Sequence[Row]) -> list[float]:
     for row in first
     if 'accuracy' in row and row['seed'] in others
   ]
+
+
+def has_prices(groups: Groups) -> bool:
+  """Whether a study is of prices: that of all its variants is known."""
+  return all(
+    row['method'] in _PASSES and row['augmentation'] == 'resize'
+    for row, *_ in groups.values()
+  )
+
+
+def price(row: Row) -> float:
+  """Plain steps that a step costs by arithmetic."""
+  share = row['adversarial_fraction'] / row['every']
+  return 1 + _PASSES[row['method']] * share
+
+
+def priced(groups: Groups) -> dict[str, tuple[float, list[Row]]]:
+  """Price and rows at the largest batch by variant, the cheapest first."""
+  largest = max(size for _, size in groups)
+  found = {
+    variant: (price(rows[0]), rows)
+    for (variant, size), rows in groups.items()
+    if size == largest
+  }
+  return dict(sorted(found.items(), key=lambda item: item[1][0]))
 
 
 def ablation(groups: Groups, parent: str, *fields: str) -> list[list[Row]]:

@@ -193,7 +193,7 @@ def test_what_fails_in_a_cell_ends_the_study(tmp_path, monkeypatch, one_device):
 
 
 def test_another_studys_columns_are_refused(tmp_path):
-  (tmp_path / 'study.csv').write_text('cell,accuracy\na,0.5\n')
+  (tmp_path / 'study.csv').write_text('cell,colour\na,red\n')
   with pytest.raises(ValueError) as error:
     grid.run(make_config(), tmp_path, command=COMMAND)
   assert 'columns' in str(error.value)
@@ -257,7 +257,9 @@ def test_a_single_peak_needs_no_trial():
   assert [cell.peak for cell in grid.finals(config, {})] == [8.0, 8.0]
 
 
-@pytest.mark.parametrize('name', ['study_fashion_mnist', 'study_cifar10'])
+@pytest.mark.parametrize(
+  'name', ['study_fashion_mnist', 'study_price', 'study_cifar10']
+)
 def test_every_variant_of_the_grids_can_be_made(name):
   config = importlib.import_module(f'reference.configs.{name}').get_config()
   assert config.name == name

@@ -159,6 +159,65 @@ def test_effects_vary_one_field(rows):
   assert 'advprop' not in [group[0]['variant'] for group in found['staleness']]
 
 
+def test_a_price_is_the_passes_of_a_step(rows):
+  plain = rows[-1] | {'method': 'vanilla'}
+  conadv = plain | {'method': 'conadv'}
+  for row, thirds in (
+    (plain, 3),
+    # Forward and backward twice, and an attack without weight gradients.
+    (conadv, 3 + 3 + 2),
+    (conadv | {'method': 'advprop'}, 3 + 3 + 2),
+    (conadv | {'adversarial_fraction': 0.2}, 3 + 0.2 * (3 + 2)),
+    (conadv | {'every': 5}, 3 + (3 + 2) / 5),
+    (conadv | {'every': 5, 'adversarial_fraction': 0.5}, 3 + (3 + 2) / 10),
+    (conadv | {'method': 'conadv_reuse'}, 3 + 3),
+  ):
+    np.testing.assert_allclose(results.price(row), thirds / 3)
+
+
+def test_a_study_with_a_variant_of_unknown_price_is_of_something_else(rows):
+  groups = results.finals(rows)
+  assert results.has_prices(groups)
+  for changed in ({'augmentation': 'pad'}, {'method': 'sam'}):
+    other = {'other': [rows[-1] | changed]}
+    assert not results.has_prices(groups | other)
+    assert '### Price' not in report.report(
+      [*rows, rows[-1] | {'variant': 'other'} | changed]
+    )
+
+
+def test_the_cheapest_stands_first_and_gains_are_shares_of_conadv(rows):
+  text = report.price_table(results.finals(rows))
+  names = [line.split('`')[1] for line in text.splitlines()[2:]]
+  assert names[:2] == ['vanilla', 'conadv_reuse']
+  gains = {
+    name: accuracies(rows, name, 750) - accuracies(rows, 'vanilla', 750)
+    for name in ('conadv', 'advprop')
+  }
+  line = next(x for x in text.splitlines() if x.startswith('| `advprop`'))
+  gain = gains['advprop']
+  for column, wanted, margin in (
+    ('arithmetic / plain', 8 / 3, 0.006),
+    ('s / plain', 2.5, 0.006),
+    ('points over vanilla', gain.mean(), 0.006),
+    ('standard error', gain.std(ddof=1) / np.sqrt(SEEDS), 0.006),
+    (
+      "% of ConAdv's gain",
+      100 * gain.mean() / gains['conadv'].mean(),
+      0.51,
+    ),
+  ):
+    got = float(cell_of(text, line, column))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=margin)
+
+
+def test_a_csv_of_before_there_was_every_goes_on(tmp_path):
+  path = tmp_path / 'study.csv'
+  path.write_text('cell,kind\na,final\n')
+  [row] = results.read(path)
+  assert row == {'cell': 'a', 'kind': 'final', 'every': 1.0}
+
+
 def test_two_rows_of_a_seed_are_refused(rows):
   with pytest.raises(ValueError) as error:
     results.finals([*rows, rows[-1]])
@@ -193,6 +252,6 @@ def test_every_figure_is_drawn_for_light_and_dark(rows, tmp_path):
   found = {path.name for path in (tmp_path / 'figures').iterdir()}
   assert found == {
     f'made_up_{what}-{theme}.svg'
-    for what in ('accuracy', 'time', 'staleness', 'epsilon')
+    for what in ('accuracy', 'time', 'price', 'staleness', 'epsilon')
     for theme in ('light', 'dark')
   }

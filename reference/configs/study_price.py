@@ -1,0 +1,49 @@
+"""What the gain costs: grid A's large batch, and cheaper forms of ConAdv.
+
+    apt-get install dataset-fashion-mnist    # or the four files from elsewhere
+    python -m reference.study --workdir=runs/study_price \\
+      --config=reference/configs/study_price.py
+
+Images, net, tuning and measures are those of `study_fashion_mnist.py`, at a
+batch of 500. The grid is 48 trials and 60 final runs.
+
+Results: docs/results.md.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from reference.configs import study_fashion_mnist, variants
+
+
+def _conadv(**numbers: Any) -> dict[str, Any]:
+  return {**variants.CONADV, 'methods': {'conadv': numbers}}
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The config; every field can be overridden on the command line."""
+  config = study_fashion_mnist.get_config()
+  reuse = {'method': 'conadv_reuse'}
+  overrides = {
+    'vanilla': {},
+    'conadv': variants.CONADV,
+    'conadv_fraction_50': _conadv(adversarial_fraction=0.5),
+    'conadv_fraction_20': _conadv(adversarial_fraction=0.2),
+    'conadv_fraction_10': _conadv(adversarial_fraction=0.1),
+    'conadv_every_2': _conadv(every=2),
+    'conadv_every_5': _conadv(every=5),
+    'conadv_every_10': _conadv(every=10),
+    'conadv_every_5_fraction_50': _conadv(every=5, adversarial_fraction=0.5),
+    'conadv_reuse': reuse,
+    'conadv_reuse_fraction_20': _conadv(adversarial_fraction=0.2) | reuse,
+    'conadv_reuse_fraction_10': _conadv(adversarial_fraction=0.1) | reuse,
+  }
+  with config.unlocked():
+    config.name = 'study_price'
+    config.study.batch_sizes = (500,)
+    config.study.peaks = (config.study.peaks[1],)
+    config.study.variants = tuple(overrides)
+    config.study.ablations = {}
+    config.study.overrides = overrides
+  return config
