@@ -130,7 +130,8 @@ def wrap(
     every: of so many batches one has an adversarial copy: the first, and each
       k-th after it. The other batches pay for a plain step, in which the main
       branch has the weight of the adversarial one too. In such a step the loss
-      and floating aux of 'adversarial' are NaN, and its model state stays.
+      and floating aux of 'adversarial' are NaN, and its model state stays. Not
+      for convolutions on a CPU, which XLA makes slow inside a conditional.
     reuse_gradient: take the attack's gradient from the training pass. In
       float16, scale the loss as for training, or the gradient underflows.
     denominator: what the loss is a mean of, if not of the examples.

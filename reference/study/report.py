@@ -264,11 +264,13 @@ def draw(rows: Sequence[results.Row], folder: Path) -> None:
   ) -> None:
     pages.save(folder / f'{name}_{what}', draw, *args, size=(width, 3.6))
 
-  save('accuracy', plots.accuracy, groups, width=7.5)
+  sizes = sorted({size for _, size in groups})
+  if len(sizes) > 1:
+    save('accuracy', plots.accuracy, groups, width=7.5)
   save('time', plots.time, groups, width=9.5)
   if results.has_prices(groups):
     save('price', plots.price, results.priced(groups), width=7.5)
-  plain = groups.get(('vanilla', max(size for _, size in groups)), [])
+  plain = groups.get(('vanilla', sizes[-1]), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]
     if len(found) > 1:
