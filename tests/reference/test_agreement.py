@@ -56,11 +56,13 @@ def test_fields_that_came_later_say_what_was_done_without():
   before = {
     'label_smoothing': 0.1,
     'method': 'conadv',
+    'methods.conadv.targets': 'none',
     'methods.sam.radius': 0.1,
   }
   later = {
     'attack.label_smoothing': 0.1,
     'methods.agvm.beta': 0.9,
+    'methods.conadv.every': 1,
     'model.build': '',
     'model.padding': 'same',
   }
@@ -68,6 +70,7 @@ def test_fields_that_came_later_say_what_was_done_without():
   agreement.check_config(WORKDIR, 7, stored, before | later, ())
   for name, value in {
     'attack.label_smoothing': 0.0,
+    'methods.conadv.every': 5,
     'model.padding': 'symmetric',
     'methods.sam.new_field': 1,
   }.items():
