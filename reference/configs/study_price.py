@@ -6,8 +6,6 @@
 
 Images, net, tuning and measures are those of `study_fashion_mnist.py`, at a
 batch of 500. The grid is 48 trials and 70 final runs.
-
-Results: docs/results.md.
 """
 
 from typing import Any

@@ -44,7 +44,6 @@ COMPARISONS = (
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
 )
-_WHOLE_GAIN = 'vanilla', 'conadv'
 _NO_BREAK = '\N{NO-BREAK SPACE}'
 
 
@@ -57,6 +56,14 @@ def mean_text(numbers: Sequence[float], scale: float, digits: int) -> str:
     return mean
   spread = f'{scale * statistics.stdev(numbers):.{digits}f}'
   return f'{mean}{_NO_BREAK}±{_NO_BREAK}{spread}'
+
+
+def error_text(differences: Sequence[float]) -> str:
+  """The standard error of their mean, in points."""
+  if len(differences) < 2:
+    return ''
+  error = statistics.stdev(differences) / math.sqrt(len(differences))
+  return f'{100 * error:.2f}'
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -122,18 +129,13 @@ def comparison_table(groups: results.Groups) -> str:
       )
       if not found:
         continue
-      error = (
-        f'{100 * statistics.stdev(found) / math.sqrt(len(found)):.2f}'
-        if len(found) > 1
-        else ''
-      )
       lines.append(
         (
           claim,
           f'{batch_size:,}',
           f'{len(found)}',
           f'{100 * statistics.fmean(found):+.2f}',
-          error,
+          error_text(found),
           f'{100 * min(found):+.2f} to {100 * max(found):+.2f}',
         )
       )
@@ -153,7 +155,9 @@ def comparison_table(groups: results.Groups) -> str:
 def price_table(groups: results.Groups) -> str:
   """What each variant gains at the largest batch, and what it costs."""
   found = results.priced(groups)
-  plain, whole = (found.get(name, (0.0, []))[1] for name in _WHOLE_GAIN)
+  plain, whole = (
+    found[name][1] if name in found else [] for name in ('vanilla', 'conadv')
+  )
   of_all = results.differences(whole, plain)
   seconds = results.values(plain, 'seconds_a_step')
   lines = []
@@ -168,9 +172,7 @@ def price_table(groups: results.Groups) -> str:
         if own and seconds
         else '',
         f'{100 * statistics.fmean(gains):+.2f}' if gains else '',
-        f'{100 * statistics.stdev(gains) / math.sqrt(len(gains)):.2f}'
-        if len(gains) > 1
-        else '',
+        error_text(gains),
         f'{100 * statistics.fmean(gains) / statistics.fmean(of_all):.0f}'
         if gains and of_all
         else '',
