@@ -165,7 +165,7 @@ class _Reached:
       folder,
       *(f'--cov={package}' for package in _PACKAGES),
       *('--cov-context=test', '--cov-report=', f'--junitxml={times}'),
-    ).wait()
+    ).communicate()
     self._folder = folder
     self._data = coverage.CoverageData(str(folder / '.coverage'))
     self._data.read()
