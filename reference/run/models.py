@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from reference.run import stem
+
 Layer = Callable[..., Any]
 
 
@@ -159,12 +161,13 @@ class ResNet(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Logits (B, num_classes) of images (B, H, W, C), any float dtype."""
     padding = PADDINGS[self.padding]
+    kernel_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
     conv = functools.partial(
       nn.Conv,
       padding=padding,
       use_bias=False,
       dtype=self.dtype,
-      kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+      kernel_init=kernel_init,
     )
     norm = functools.partial(
       nn.BatchNorm,
@@ -175,7 +178,7 @@ class ResNet(nn.Module):
     )
     x = x.astype(self.dtype)
     if self.stem == 'imagenet':
-      x = conv(self.filters, (7, 7), (2, 2), padding=3, name='stem')(x)
+      x = stem.Stem(self.filters, self.dtype, kernel_init, name='stem')(x)
       x = nn.relu(norm(name='stem_norm')(x))
       x = nn.max_pool(x, (3, 3), (2, 2), padding=padding)
     else:
