@@ -12,12 +12,16 @@ def make_section() -> dict[str, dict[str, Any]]:
     # Of every method that attacks for a branch of its own: how much of a batch
     # is attacked, one batch of how many, and towards what: a random wrong
     # class, or away from the label. The reused gradient allows the second
-    # alone, of every batch. Norm layers that keep no batch statistics can be
-    # shared by all branches, and must be.
+    # alone, of every batch. By how much the sides of images are divided, as the
+    # attack's pass sees them, and as they are attacked and trained on. Norm
+    # layers that keep no batch statistics can be shared by all branches, and
+    # must be.
     'conadv': {
       'adversarial_fraction': 1.0,
       'every': 1,
       'targets': 'random',
+      'attack_downscale': 1,
+      'adversarial_downscale': 1,
       'shared_norm': False,
     },
     # Foret et al., https://arxiv.org/abs/2010.01412.

@@ -5,7 +5,7 @@
       --config=reference/configs/study_price.py
 
 Images, net, tuning and measures are those of `study_fashion_mnist.py`, at a
-batch of 500. The grid is 48 trials and 70 final runs.
+batch of 500. The grid is 72 trials and 105 final runs.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The config; every field can be overridden on the command line."""
   config = study_fashion_mnist.get_config()
   reuse = {'method': 'conadv_reuse'}
+  half = {'adversarial_downscale': 2}
   overrides = {
     'vanilla': {},
     'conadv': variants.CONADV,
@@ -33,6 +34,14 @@ def get_config() -> ml_collections.ConfigDict:
     'conadv_every_5': _conadv(every=5),
     'conadv_every_10': _conadv(every=10),
     'conadv_every_5_fraction_50': _conadv(every=5, adversarial_fraction=0.5),
+    'conadv_half_attack': _conadv(attack_downscale=2),
+    'conadv_half_attack_fraction_12': _conadv(
+      attack_downscale=2, adversarial_fraction=0.125
+    ),
+    'conadv_half': _conadv(**half),
+    'conadv_half_fraction_50': _conadv(**half, adversarial_fraction=0.5),
+    'conadv_half_fraction_35': _conadv(**half, adversarial_fraction=0.35),
+    'conadv_quarter': _conadv(adversarial_downscale=4),
     'conadv_reuse': reuse,
     'conadv_reuse_fraction_20': _conadv(adversarial_fraction=0.2) | reuse,
     'conadv_reuse_fraction_10': _conadv(adversarial_fraction=0.1) | reuse,
@@ -47,10 +56,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.study.ablations = {
       'vanilla_peak_8': 'conadv_every_10',
       'vanilla_peak_16': 'conadv_fraction_20',
+      'conadv_bfloat16': 'conadv',
     }
     config.study.overrides = {
       **overrides,
       'vanilla_peak_8': {},
       'vanilla_peak_16': {},
+      # Training passes, too, of which the attack's is the smaller part.
+      'conadv_bfloat16': {**variants.CONADV, 'model': {'dtype': 'bfloat16'}},
     }
   return config

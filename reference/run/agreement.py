@@ -76,6 +76,8 @@ def _with_later_fields(
   """A stored config, with what its run did where it had no field for that."""
   later = {
     'attack.label_smoothing': stored.get('label_smoothing'),
+    'methods.conadv.adversarial_downscale': 1,
+    'methods.conadv.attack_downscale': 1,
     'methods.conadv.every': 1,
     'methods.conadv.shared_norm': False,
     'model.build': '',

@@ -150,6 +150,12 @@ _RULES = (
     'For all of them write `--config.{field}=1`.',
   ),
   _Rule(
+    'methods.conadv.attack_downscale methods.conadv.adversarial_downscale',
+    lambda x: x >= 1,
+    'what the sides of images are divided by, 1 or more',
+    'For images as they are write `--config.{field}=1`.',
+  ),
+  _Rule(
     'lars.peak',
     lambda x: 0 < x < math.inf,
     'the largest learning rate, more than 0',
@@ -210,12 +216,35 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         f'`{field}` must be one of {", ".join(allowed)}. Given {given!r}. '
         f'Likely misspelt: `--config.{field}={nearest[0]}`.'
       )
-  every = config.methods.conadv.every
-  if config.method == 'conadv_reuse' and every > 1:
+  _check_price(config)
+
+
+def _check_price(config: ml_collections.ConfigDict) -> None:
+  """Refuses a cheaper attack where there is none, and parts of pixels."""
+  numbers = config.methods.conadv
+  sides = numbers.adversarial_downscale, numbers.attack_downscale
+  if config.method == 'conadv_reuse' and numbers.every > 1:
+    share = round(1 / numbers.every, 3)
     raise Mistake(
       '`conadv_reuse` has no attack pass that could be left out. Given '
-      f'methods.conadv.every={every}. Attack a part of each batch: '
-      f'`--config.methods.conadv.adversarial_fraction={round(1 / every, 3)}`.'
+      f'methods.conadv.every={numbers.every}. Attack a part of each batch: '
+      f'`--config.methods.conadv.adversarial_fraction={share}`.'
+    )
+  if config.method == 'conadv_reuse' and sides != (1, 1):
+    raise Mistake(
+      '`conadv_reuse` attacks with the gradient of the clean pass, which is at '
+      'images as they are. Given methods.conadv.adversarial_downscale='
+      f'{sides[0]} and attack_downscale={sides[1]}. An attack pass can be on '
+      'smaller ones: `--config.method=conadv`.'
+    )
+  if methods.METHODS[config.method].branches and config.data.size % math.prod(
+    sides
+  ):
+    raise Mistake(
+      'Downscaled images are means of whole squares of pixels. Given '
+      f'data.size={config.data.size}, methods.conadv.adversarial_downscale='
+      f'{sides[0]} and attack_downscale={sides[1]}. Take divisors of the size: '
+      '`--config.methods.conadv.adversarial_downscale=2`.'
     )
 
 

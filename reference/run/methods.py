@@ -160,10 +160,14 @@ def examples(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, int]:
   return trained
 
 
-def make_inputs(config: ml_collections.ConfigDict) -> Inputs:
+def make_inputs(
+  config: ml_collections.ConfigDict, *, downscale: int = 1
+) -> Inputs:
   """What an attack perturbs: the normalized images of a batch."""
   return (
-    lambda batch: objective.normalize(batch['image'], config.data),
+    lambda batch: objective.downscale(
+      objective.normalize(batch['image'], config.data), downscale
+    ),
     lambda batch, image: {**batch, 'image': image},
   )
 
@@ -308,7 +312,7 @@ def make_group_gradient(
   }
   return conadv.wrap(
     loss_fn,
-    inputs=inputs,
+    inputs=make_inputs(config, downscale=numbers.conadv.adversarial_downscale),
     # The first batches of `conadv_reuse` are attacked as all later ones.
     has_branch=method.gradient != 'conadv_reuse',
     adversarial_fraction=numbers.conadv.adversarial_fraction,

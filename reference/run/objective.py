@@ -33,6 +33,16 @@ def normalize(
   return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def downscale(images: jax.Array, factor: int) -> jax.Array:
+  """Images (B, H, W, C) of means over squares of `factor` pixels a side."""
+  if factor == 1:
+    return images
+  batch, height, width, channels = images.shape
+  rows, columns = height // factor, width // factor
+  squares = images.reshape(batch, rows, factor, columns, factor, channels)
+  return squares.mean((2, 4))
+
+
 def make_loss(
   model: models.Model, config: ml_collections.ConfigDict
 ) -> Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]:
@@ -43,7 +53,8 @@ def make_loss(
     randomness, and `branch`, what the loss is for. It returns `(loss,
     (batch_stats, correct))`: float32 cross entropy with smoothed labels, and
     the int32 count of right answers. For 'attack' the labels are smoothed by
-    `config.attack.label_smoothing`, or without that field as for training.
+    `config.attack.label_smoothing`, or without that field as for training, and
+    the images are downscaled by `config.methods.conadv.attack_downscale`.
   """
   training = config.label_smoothing
   attack = config.attack.get('label_smoothing', training)
@@ -56,9 +67,12 @@ def make_loss(
     key: jax.Array | None = None,
     branch: str = 'main',
   ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    images = normalize(batch['image'], config.data)
+    if branch == 'attack':
+      images = downscale(images, config.methods.conadv.attack_downscale)
     logits, updated = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      normalize(batch['image'], config.data),
+      images,
       train=True,
       mutable=['batch_stats'],
       # In Flax what has no key of its name, as 'dropout', takes this one.

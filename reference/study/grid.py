@@ -199,6 +199,8 @@ def run(
       'targets': of_cell.methods.conadv.targets,
       'adversarial_fraction': of_cell.methods.conadv.adversarial_fraction,
       'every': of_cell.methods.conadv.every,
+      'adversarial_downscale': of_cell.methods.conadv.adversarial_downscale,
+      'attack_downscale': of_cell.methods.conadv.attack_downscale,
       'augmentation': of_cell.data.crop,
       'epochs': of_cell.epochs,
       'train_images': len(data.train.labels),

@@ -27,6 +27,8 @@ FIELDS = (
   'targets',
   'adversarial_fraction',
   'every',
+  'adversarial_downscale',
+  'attack_downscale',
   'augmentation',
   'epochs',
   'train_images',

@@ -19,24 +19,28 @@ _WHAT_AN_ABLATION_CHANGES = (
   'targets',
   'adversarial_fraction',
   'every',
+  'adversarial_downscale',
+  'attack_downscale',
   'augmentation',
 )
-# What an attacked example costs beside a clean one. Forward, backward to the
-# weights and backward to the inputs are a third each, and an attack pass has no
-# gradient of the weights.
+# What the passes of an attacked example, of training and attack, cost beside a
+# clean one. Forward, backward to the weights and backward to the inputs are a
+# third each, and an attack pass has no gradient of the weights.
 _PASSES = {
-  'vanilla': 0.0,
-  'advprop': 1 + 2 / 3,
-  'conadv': 1 + 2 / 3,
-  'conadv_reuse': 1.0,
+  'vanilla': (0.0, 0.0),
+  'advprop': (1.0, 2 / 3),
+  'conadv': (1.0, 2 / 3),
+  'conadv_reuse': (1.0, 0.0),
 }
+# What columns were, before a study had them.
+_BEFORE = {'every': 1.0, 'adversarial_downscale': 1.0, 'attack_downscale': 1.0}
 
 
 def read(path: Path) -> list[Row]:
   """The rows, numbers as such; what a row does not have is left out."""
   return [
     {
-      'every': 1.0,
+      **_BEFORE,
       **{name: tables.to_number(text) for name, text in row.items() if text},
     }
     for row in record.read_rows(path)
@@ -90,8 +94,10 @@ def has_prices(groups: Groups) -> bool:
 
 def price(row: Row) -> float:
   """Plain steps that a step costs by arithmetic."""
+  training, attack = _PASSES[row['method']]
+  attack /= row['attack_downscale'] ** 2
   share = row['adversarial_fraction'] / row['every']
-  return 1 + _PASSES[row['method']] * share
+  return 1 + share * (training + attack) / row['adversarial_downscale'] ** 2
 
 
 def priced(groups: Groups) -> dict[str, tuple[float, list[Row]]]:
