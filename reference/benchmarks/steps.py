@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
-from reference.run import models
+from reference.run import models, objective
 
 EPSILON = 0.1
 
@@ -301,17 +301,43 @@ def of(
   return make
 
 
-def library(spread: Any = None, **arguments: Any) -> Maker:
+def library(
+  spread: Any = None,
+  *,
+  attack_downscale: int = 1,
+  adversarial_downscale: int = 1,
+  **arguments: Any,
+) -> Maker:
   """The step of `conadv.wrap`.
 
   Args:
     spread: `spread(grad_fn, mesh)` puts the gradient on several devices.
+    attack_downscale: what the attack's pass divides the sides of images by.
+    adversarial_downscale: what all passes on adversarial examples do.
     **arguments: of `conadv.wrap`.
   """
 
   def make_gradient(loss_fn: Any, mesh: Mesh) -> conadv.GradientFunction:
-    attack = scoped(conadv.fgsm(EPSILON))
-    grad_fn = conadv.wrap(loss_fn, attack=attack, has_state=True, **arguments)
+    def of_branch(
+      params: Any, model_state: Any, batch: Any, *, branch: str
+    ) -> Any:
+      factor = attack_downscale if branch == 'attack' else 1
+      image = objective.downscale(batch['image'], factor)
+      return loss_fn(params, model_state, {**batch, 'image': image})
+
+    grad_fn = conadv.wrap(
+      of_branch,
+      attack=scoped(conadv.fgsm(EPSILON)),
+      inputs=(
+        lambda batch: objective.downscale(
+          batch['image'], adversarial_downscale
+        ),
+        lambda batch, image: {**batch, 'image': image},
+      ),
+      has_state=True,
+      has_branch=True,
+      **arguments,
+    )
     return grad_fn if spread is None else spread(grad_fn, mesh)
 
   return of(make_gradient)
@@ -362,6 +388,12 @@ ROWS = {
   'ConAdv by hand': Row(conadv_by_hand),
   'ConAdv': Row(library(staleness=1), 'ConAdv by hand'),
   'ConAdv staleness 4': Row(library(staleness=4), 'ConAdv'),
+  'half attack': Row(library(attack_downscale=2)),
+  'half': Row(library(adversarial_downscale=2)),
+  'half, fraction 0.35': Row(
+    library(adversarial_downscale=2, adversarial_fraction=0.35)
+  ),
+  'quarter': Row(library(adversarial_downscale=4)),
   'reuse': Row(library(reuse_gradient=True)),
   'fraction 0.2': Row(library(adversarial_fraction=0.2)),
   'reuse + fraction 0.2': Row(

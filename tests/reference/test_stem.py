@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reference.run import models, stem
+from reference.run import models
 
 _INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -38,7 +38,7 @@ def _flax(filters: int, dtype=jnp.float32) -> nn.Conv:
 def test_values_and_gradients_are_those_of_flax(height, width, channels):
   key = jax.random.split(jax.random.key(height), 3)
   x = jax.random.normal(key[0], (2, height, width, channels))
-  conv, own = _flax(4), stem.Stem(4, jnp.float32, _INIT)
+  conv, own = _flax(4), models.Stem(4, jnp.float32, _INIT)
   variables = conv.init(key[1], x)
   chex.assert_trees_all_equal(own.init(key[1], x), variables)
   chex.assert_trees_all_equal(own.apply(variables, x), conv.apply(variables, x))
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_flax(height, width, channels):
 def test_second_derivatives_are_those_of_flax():
   key = jax.random.split(jax.random.key(0), 4)
   x, dx = (jax.random.normal(k, (2, 8, 8, 3)) for k in key[:2])
-  conv, own = _flax(4), stem.Stem(4, jnp.float32, _INIT)
+  conv, own = _flax(4), models.Stem(4, jnp.float32, _INIT)
   variables = conv.init(key[2], x)
   dv = jax.tree.map(lambda v: jax.random.normal(key[3], v.shape), variables)
 
@@ -72,7 +72,7 @@ def test_second_derivatives_are_those_of_flax():
 
 def test_bfloat16_rounds_as_flax_does():
   x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-  conv, own = _flax(8, jnp.bfloat16), stem.Stem(8, jnp.bfloat16, _INIT)
+  conv, own = _flax(8, jnp.bfloat16), models.Stem(8, jnp.bfloat16, _INIT)
   variables = conv.init(jax.random.key(1), x)
   given, wanted = (
     jax.grad(lambda x, m=m: jnp.sum(m.apply(variables, x).astype(jnp.float32)))(
@@ -87,7 +87,7 @@ def test_bfloat16_rounds_as_flax_does():
 
 @pytest.mark.parametrize('argument', [0, 1])
 def test_no_gradient_is_computed_that_is_not_asked_for(argument):
-  gradient = jax.grad(lambda *at: jnp.sum(stem.convolve(*at)), argument)
+  gradient = jax.grad(lambda *at: jnp.sum(models.convolve(*at)), argument)
   at = jnp.ones((2, 16, 16, 3)), jnp.ones((7, 7, 3, 4))
   # Of one argument alone: the forward pass, and its gradient.
   assert str(jax.make_jaxpr(gradient)(*at)).count('= conv_general_dilated') == 2
