@@ -100,7 +100,8 @@ def _kind(name: str) -> str:
   if 'jvp(' not in name:
     return 'other'
   part = 'attack' if '/attack/' in name else 'training'
-  if 'transpose(jvp(' not in name:
+  # That of a function with a rule of its own is 'transpose(attack)/jvp('.
+  if 'transpose(' not in name:
     return f'{part} forward'
   # Of the first layer an attack needs the one gradient that training does not.
   is_pixels = part == 'attack' and '/stem/' in name

@@ -197,7 +197,7 @@ HloModule jit_step, is_scheduled=true
 %body (p: f32[]) -> f32[] {{
 {operation('attack/jvp(Net)/c', 3)}
 {operation('attack/transpose(jvp(Net))/c', 4)}
-{operation('attack/transpose(jvp(Net))/stem/c', 5)}
+{operation('attack/transpose(attack)/jvp(Net)/stem/c', 5)}
 }}
 
 %condition (p: f32[]) -> pred[] {{
