@@ -390,7 +390,7 @@ ROWS = {
   'ConAdv staleness 4': Row(library(staleness=4), 'ConAdv'),
   'half attack': Row(library(attack_downscale=2)),
   'half': Row(library(adversarial_downscale=2)),
-  'half, fraction 0.35': Row(
+  'half fraction 0.35': Row(
     library(adversarial_downscale=2, adversarial_fraction=0.35)
   ),
   'quarter': Row(library(adversarial_downscale=4)),
