@@ -99,21 +99,41 @@ def time(figure: Any, groups: results.Groups) -> None:
 
 
 def price(
-  figure: Any, found: dict[str, tuple[float, list[results.Row]]]
+  figure: Any,
+  groups: dict[str, list[results.Row]],
+  prices: dict[str, dict[str, float]],
 ) -> None:
-  """Test accuracy over what a step costs by arithmetic."""
-  axes = figure.subplots()
-  for name, color in _colors(list(found)).items():
-    cost, rows = found[name]
-    mean, spread = _points(rows)
-    error = spread / len(rows) ** 0.5
-    axes.errorbar(
-      cost, mean, error, color=color, label=name, marker='o', capsize=2
-    )
-  axes.set_xlabel('arithmetic of a step / that of a plain one')
-  axes.set_ylabel('test accuracy (%), with standard error')
-  axes.legend(
-    frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5)
+  """Test accuracy over what a step costs, by several measures.
+
+  Args:
+    figure: to draw on.
+    groups: the rows of each variant.
+    prices: of each measure, that of the variants that have one.
+  """
+  colors = _colors(list(groups))
+  panels = figure.subplots(1, len(prices), sharey=True, squeeze=False)[0]
+  for axes, (measure, costs) in zip(panels, prices.items(), strict=True):
+    for place, (name, rows) in enumerate(groups.items()):
+      if name not in costs:
+        continue
+      mean, spread = _points(rows)
+      axes.errorbar(
+        costs[name],
+        mean,
+        spread / len(rows) ** 0.5,
+        color=colors[name],
+        label=name,
+        # The palette begins anew after so many.
+        marker='os^'[place // 20],
+        capsize=2,
+      )
+    axes.set_xlabel(f'{measure} / plain')
+  panels[0].set_ylabel('test accuracy (%), with standard error')
+  panels[0].figure.legend(
+    *panels[0].get_legend_handles_labels(),
+    frameon=False,
+    fontsize=8,
+    loc='outside right center',
   )
 
 

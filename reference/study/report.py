@@ -8,7 +8,7 @@ same seed, which see the same images in the same order from the same parameters.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,22 +155,17 @@ def comparison_table(groups: results.Groups) -> str:
 def price_table(groups: results.Groups) -> str:
   """What each variant gains at the largest batch, and what it costs."""
   found = results.priced(groups)
-  plain, whole = (
-    found[name][1] if name in found else [] for name in ('vanilla', 'conadv')
-  )
+  plain, whole = (found.get(name, []) for name in ('vanilla', 'conadv'))
   of_all = results.differences(whole, plain)
-  seconds = results.values(plain, 'seconds_a_step')
+  seconds = results.slowdowns(found)
   lines = []
-  for variant, (cost, rows) in found.items():
+  for variant, rows in found.items():
     gains = results.differences(rows, plain)
-    own = results.values(rows, 'seconds_a_step')
     lines.append(
       (
         f'`{variant}`',
-        f'{cost:.2f}',
-        f'{statistics.median(own) / statistics.median(seconds):.2f}'
-        if own and seconds
-        else '',
+        f'{results.price(rows[0]):.2f}',
+        f'{seconds[variant]:.2f}' if variant in seconds else '',
         f'{100 * statistics.fmean(gains):+.2f}' if gains else '',
         error_text(gains),
         f'{100 * statistics.fmean(gains) / statistics.fmean(of_all):.0f}'
@@ -254,8 +249,18 @@ def report(rows: Sequence[results.Row]) -> str:
   return '\n\n'.join(parts)
 
 
-def draw(rows: Sequence[results.Row], folder: Path) -> None:
-  """All figures, each for light and for dark pages."""
+def draw(
+  rows: Sequence[results.Row],
+  folder: Path,
+  prices: Mapping[str, dict[str, float]] | None = None,
+) -> None:
+  """All figures, each for light and for dark pages.
+
+  Args:
+    rows: of the study.
+    folder: receives them.
+    prices: further prices of variants, by what they are measured in.
+  """
   groups = results.finals(x for x in rows if 'accuracy' in x)
   if not groups:
     return
@@ -271,7 +276,13 @@ def draw(rows: Sequence[results.Row], folder: Path) -> None:
     save('accuracy', plots.accuracy, groups, width=7.5)
   save('time', plots.time, groups, width=9.5)
   if results.has_prices(groups):
-    save('price', plots.price, results.priced(groups), width=7.5)
+    found = results.priced(groups)
+    measures = {
+      'arithmetic': {name: results.price(x[0]) for name, x in found.items()},
+      'seconds': results.slowdowns(found),
+      **(prices or {}),
+    }
+    save('price', plots.price, found, measures, width=11)
   plain = groups.get(('vanilla', sizes[-1]), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]

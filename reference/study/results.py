@@ -1,5 +1,6 @@
 """What the rows of a study say: groups of seeds, and what is compared."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -100,15 +101,25 @@ def price(row: Row) -> float:
   return 1 + share * (training + attack) / row['adversarial_downscale'] ** 2
 
 
-def priced(groups: Groups) -> dict[str, tuple[float, list[Row]]]:
-  """Price and rows at the largest batch by variant, the cheapest first."""
+def priced(groups: Groups) -> dict[str, list[Row]]:
+  """The rows of each variant at the largest batch, the cheapest first."""
   largest = max(size for _, size in groups)
   found = {
-    variant: (price(rows[0]), rows)
-    for (variant, size), rows in groups.items()
-    if size == largest
+    variant: rows for (variant, size), rows in groups.items() if size == largest
   }
-  return dict(sorted(found.items(), key=lambda item: item[1][0]))
+  return dict(sorted(found.items(), key=lambda item: price(item[1][0])))
+
+
+def slowdowns(found: dict[str, list[Row]]) -> dict[str, float]:
+  """Median seconds of a step over those of the plain one, by variant."""
+  seconds = {
+    name: statistics.median(values(rows, 'seconds_a_step'))
+    for name, rows in found.items()
+    if values(rows, 'seconds_a_step')
+  }
+  if 'vanilla' not in seconds:
+    return {}
+  return {name: x / seconds['vanilla'] for name, x in seconds.items()}
 
 
 def ablation(groups: Groups, parent: str, *fields: str) -> list[list[Row]]:

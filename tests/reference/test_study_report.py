@@ -36,6 +36,9 @@ def rows(tmp_path):
         'epsilon': epsilon,
         'targets': 'random',
         'adversarial_fraction': 1.0,
+        'every': 1.0,
+        'adversarial_downscale': 1.0,
+        'attack_downscale': 1.0,
         'augmentation': 'resize',
         'epochs': 20.0,
         'steps': 100,
@@ -171,6 +174,12 @@ def test_a_price_is_the_passes_of_a_step(rows):
     (conadv | {'every': 5}, 3 + (3 + 2) / 5),
     (conadv | {'every': 5, 'adversarial_fraction': 0.5}, 3 + (3 + 2) / 10),
     (conadv | {'method': 'conadv_reuse'}, 3 + 3),
+    # A quarter of the pixels.
+    (conadv | {'attack_downscale': 2}, 3 + 3 + 2 / 4),
+    (
+      conadv | {'adversarial_downscale': 2, 'adversarial_fraction': 0.35},
+      3 + 0.35 * (3 + 2) / 4,
+    ),
   ):
     np.testing.assert_allclose(results.price(row), thirds / 3)
 
@@ -211,11 +220,17 @@ def test_the_cheapest_stands_first_and_gains_are_shares_of_conadv(rows):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=margin)
 
 
-def test_a_csv_of_before_there_was_every_goes_on(tmp_path):
+def test_a_csv_of_before_there_were_prices_goes_on(tmp_path):
   path = tmp_path / 'study.csv'
   path.write_text('cell,kind\na,final\n')
   [row] = results.read(path)
-  assert row == {'cell': 'a', 'kind': 'final', 'every': 1.0}
+  assert row == {
+    'cell': 'a',
+    'kind': 'final',
+    'every': 1.0,
+    'adversarial_downscale': 1.0,
+    'attack_downscale': 1.0,
+  }
 
 
 def test_two_rows_of_a_seed_are_refused(rows):
