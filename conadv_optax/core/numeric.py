@@ -119,6 +119,17 @@ def check_not_negative(name: str, value: Any) -> None:
       )
 
 
+def check_scalar(name: str, value: Any) -> None:
+  """`value` is one number for all parameters, not negative and no NaN."""
+  check_not_negative(name, value)
+  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
+    given = jax.tree.map(lambda x: describe(jnp.asarray(x)), value)
+    raise TypeError(
+      f'`{name}` is one number for all parameters, a float or a scalar array. '
+      f'Given {given}. Likely an entry is meant: `{name}=values[i]`.'
+    )
+
+
 def check_share(name: str, value: Any, what: str) -> None:
   """Raises where `value` is a function, or concrete and not from 0 to 1."""
   check_no_schedule(name, value)

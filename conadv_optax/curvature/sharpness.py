@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from conadv_optax.core.micro_batches import Denominator, mean_over
-from conadv_optax.core.numeric import check_count, check_not_negative, unit
+from conadv_optax.core.numeric import check_count, check_scalar, unit
 from conadv_optax.core.types import Batch, LossFn
 from conadv_optax.curvature.points import float32_point, value_and_grad
 from conadv_optax.curvature.vectors import random_like
@@ -85,8 +85,8 @@ def sharpness(
 
   Raises:
     TypeError: for parameters that are not floating (split complex ones into
-      their parts), a loss that is not a floating scalar, or a denominator that
-      is not a real one.
+      their parts), a radius that is no scalar, a loss that is not a floating
+      scalar, or a denominator that is not a real one.
     ValueError: for a negative radius, fewer than one step, or a batch that
       `micro_batches` does not divide.
 
@@ -104,7 +104,7 @@ def sharpness(
     Keskar et al., `On Large-Batch Training for Deep Learning: Generalization
     Gap and Sharp Minima <https://arxiv.org/abs/1609.04836>`_, 2017
   """
-  check_not_negative('radius', radius)
+  check_scalar('radius', radius)
   check_count('steps', steps)
   radius = jnp.asarray(radius, jnp.float32)
   center = float32_point(params)

@@ -16,7 +16,7 @@ from conadv_optax.core.numeric import (
   ascent,
   cast_like,
   check_choice,
-  check_not_negative,
+  check_scalar,
   ratio,
   scale,
   tree_at_least_float32,
@@ -106,8 +106,8 @@ def extrapolate(
     A `GradientFunction` with the staleness of `grad_fn`.
 
   Raises:
-    TypeError: for a `grad_fn` that is no function, or a state of another
-      gradient function.
+    TypeError: for a `grad_fn` that is no function, a rate that is no scalar, or
+      a state of another gradient function.
     ValueError: for an unknown direction, a negative rate, or noise without a
       key.
 
@@ -132,7 +132,7 @@ def extrapolate(
   rate: Any = ()
   if not isinstance(extrapolation, optax.GradientTransformation):
     if not callable(extrapolation):
-      check_not_negative('extrapolation', extrapolation)
+      check_scalar('extrapolation', extrapolation)
     rate, extrapolation = extrapolation, None
   made = _Extrapolate(grad_fn, rate, extrapolation, direction)
   return around(made, grad_fn)

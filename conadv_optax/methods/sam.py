@@ -21,7 +21,7 @@ from conadv_optax.core.numeric import (
   cast_like,
   check_choice,
   check_count,
-  check_not_negative,
+  check_scalar,
   check_share,
   dot,
   norm,
@@ -163,8 +163,8 @@ def sam(
 
   Raises:
     TypeError: for a `grad_fn` that is no function, an `every` that is no int, a
-      number that is a schedule, a mask that is not made of bools, or a state of
-      another gradient function.
+      number that is a schedule or no scalar, a mask that is not made of bools,
+      or a state of another gradient function.
     ValueError: for a negative radius or weight, an `every` below 1, a penalty
       outside of 0 to 1, an unknown `adaptive`, an array in the mask of another
       shape than its parameter, or an axis that is not there.
@@ -201,8 +201,8 @@ def sam(
     <https://arxiv.org/abs/2203.08065>`_, 2022
   """
   grad_fn = as_gradient_function(grad_fn)
-  check_not_negative('radius', radius)
-  check_not_negative('reuse_weight', reuse_weight)
+  check_scalar('radius', radius)
+  check_scalar('reuse_weight', reuse_weight)
   check_count('every', every)
   check_share(
     'penalty',
@@ -213,7 +213,7 @@ def sam(
   if adaptive is not None:
     check_choice('adaptive', adaptive, ('layer', 'element'))
   if gap_weight is not None:
-    check_not_negative('gap_weight', gap_weight)
+    check_scalar('gap_weight', gap_weight)
   made = _Sam(
     grad_fn,
     radius,

@@ -20,7 +20,7 @@ from conadv_optax.core.numeric import (
   abs_sq,
   check_choice,
   check_count,
-  check_not_negative,
+  check_scalar,
   check_share,
   tree_at_least_float32,
   zeros_like,
@@ -124,8 +124,8 @@ def sparse_sam(
 
   Raises:
     TypeError: for a `grad_fn` that is no function, a number of steps or
-      examples that is no int, a radius that is a schedule, or a state of
-      another gradient function.
+      examples that is no int, a radius that is a schedule or no scalar, or a
+      state of another gradient function.
     ValueError: for a negative radius, a share outside of 0 to 1, an unknown
       rule, an argument of the other rule, a `fisher` with staleness, more
       examples than there are, 'dynamic' without a key, or an axis that is not
@@ -147,7 +147,7 @@ def sparse_sam(
     Perturbation Approach <https://arxiv.org/abs/2210.05177>`_, 2022
   """
   grad_fn = as_gradient_function(grad_fn)
-  check_not_negative('radius', radius)
+  check_scalar('radius', radius)
   check_count('refresh_every', refresh_every)
   check_share('sparsity', sparsity, 'the share that is not perturbed')
   check_choice('rule', rule, ('fisher', 'dynamic'))

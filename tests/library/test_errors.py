@@ -132,6 +132,26 @@ def test_negative_epsilon(make, epsilon):
   assert_says(error, 'must not be negative', 'epsilon=')
 
 
+@pytest.mark.parametrize('value', [np.array([0.1, 0.2]), [0.1], {'w': 0.1}])
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda x: conadv.sam(conadv.plain(loss_fn), x),
+    lambda x: conadv.sam(conadv.plain(loss_fn), 0.1, reuse_weight=x),
+    lambda x: conadv.sam(conadv.plain(loss_fn), 0.1, gap_weight=x),
+    lambda x: conadv.sparse_sam(
+      conadv.plain(loss_fn), x, sparsity=0.5, refresh_every=1
+    ),
+    lambda x: conadv.extrapolate(conadv.plain(loss_fn), x),
+    lambda x: conadv.sharpness(loss_fn, np.ones(2), {}, x, key=None),
+  ],
+)
+def test_one_number_for_all_parameters(make, value):
+  with pytest.raises(TypeError) as error:
+    make(value)
+  assert_says(error, 'one number for all parameters', '=values[i]')
+
+
 def test_negative_step_size():
   with pytest.raises(ValueError) as error:
     conadv.pgd(0.1, step_size=-1.0)
