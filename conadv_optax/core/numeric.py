@@ -122,7 +122,7 @@ def check_not_negative(name: str, value: Any) -> None:
 def check_scalar(name: str, value: Any) -> None:
   """`value` is one number for all parameters, not negative and no NaN."""
   check_not_negative(name, value)
-  if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
+  if not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
     given = jax.tree.map(lambda x: describe(jnp.asarray(x)), value)
     raise TypeError(
       f'`{name}` is one number for all parameters, a float or a scalar array. '

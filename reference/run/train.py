@@ -1,11 +1,13 @@
 """The training run, stage by stage."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -292,6 +294,200 @@ def report(
   )
 
 
+def _part() -> dict[str, int]:
+  """Which rows of every batch this process makes."""
+  return {'host': jax.process_index(), 'hosts': jax.process_count()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """What the stages of a run share.
+
+  Attributes:
+    config: of the run.
+    workdir: its folder.
+    software: versions of all that computes, at the start.
+    mesh: the devices.
+    source: the images.
+    dataset: what a checkpoint says of them.
+    model: of the classes of the source.
+    tx: the optimizer.
+    schedule: its learning rate.
+    steps: of the whole run.
+    grad_fn: of the method.
+    skipped: unreadable images for training; grows while they are read.
+    held_out_skipped: likewise those for evaluation.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: Path
+  software: dict[str, str]
+  mesh: Mesh
+  source: sources.Source
+  dataset: dict[str, Any]
+  model: models.Model
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  steps: int
+  grad_fn: conadv.GradientFunction | conadv.Diffusion
+  skipped: jpeg.Skipped
+  held_out_skipped: jpeg.Skipped
+
+  def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
+    """Splits a batch over the devices."""
+    return make_placement(self.mesh)(batch)
+
+  def train_batches(self) -> grain.DatasetIterator:
+    """This process's rows of the batches, from the first on."""
+    return input_pipeline.train_batches(
+      self.source,
+      self.config,
+      skipped=self.skipped,
+      images=methods.METHODS[self.config.method].images,
+      **_part(),
+    )
+
+  def begin(
+    self, batches: grain.DatasetIterator, init_from: Path | None
+  ) -> tuple[step.TrainState, agreement.About]:
+    """The newest checkpoint's state, or a new one, and how it came to be."""
+    common = self.config, self.model, self.tx, self.grad_fn, self.mesh
+    about = agreement.About(
+      checkpoint.comparable(self.config),
+      self.dataset,
+      [],
+      names=self.source.names,
+    )
+    # Of a run that resumes, one state is in memory, not two.
+    described = describe_state(*common)
+    restored = checkpoint.restore(
+      self.workdir, described, batches, self.software
+    )
+    if restored is not None:
+      state, stored = restored
+      return state, agreement.go_on(stored, about, int(state.step))
+    start = None
+    if init_from is not None:
+      start, origin = initial.fit(
+        init_from,
+        self.config,
+        self.source.classes,
+        make_model=lambda n: make_model(self.config, num_classes=n),
+      )
+      about = about._replace(init_from=origin)
+    first = [self.place(next(batches)) for _ in range(self.grad_fn.staleness)]
+    return make_state(*common, first, described, start), about
+
+  def make_evaluation(self) -> Callable[[step.TrainState], dict[str, float]]:
+    """A function that counts the right answers on the held-out images."""
+    evaluate_on = evaluation.make_evaluation(
+      self.model, self.config, self.place
+    )
+
+    def evaluate(state: step.TrainState) -> dict[str, float]:
+      held_out = input_pipeline.held_out_batches(
+        self.source,
+        self.config,
+        # What a device holds at once.
+        batch_size=self.config.batch_size // self.config.accumulate,
+        skipped=self.held_out_skipped,
+        **_part(),
+      )
+      return evaluate_on(state, held_out) | {
+        'held_out_skipped': sum(hosts.gather(len(self.held_out_skipped)))
+      }
+
+    return evaluate
+
+  def take_steps(
+    self,
+    state: step.TrainState,
+    batches: grain.DatasetIterator,
+    *,
+    evaluate: Callable[[step.TrainState], dict[str, float]],
+    save: Callable[[step.TrainState], None],
+    stop: Callable[[int], bool],
+    record: metrics.Record,
+    changes: int,
+  ) -> int:
+    """Takes the steps that are left, or those until a stop; how many in all."""
+    after_step = None
+    if methods.METHODS[self.config.method].gradient == 'absa':
+      after_step = absa.make_growth(
+        self.model, self.config, self.source, self.place, self.mesh, **_part()
+      )
+    return loop.run_steps(
+      self.config,
+      state,
+      steps=self.steps,
+      train_step=make_step(
+        self.config, self.tx, self.schedule, self.grad_fn, state, self.mesh
+      ),
+      next_batch=lambda: self.place(next(batches)),
+      evaluation=evaluate,
+      after_step=after_step,
+      save=save,
+      stop=stop,
+      record=record,
+      skipped=self.skipped,
+      changes=changes,
+      workdir=self.workdir,
+    )
+
+
+def _open_job(
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  software: dict[str, str],
+  mesh: Mesh,
+  accept: Collection[str],
+) -> _Job:
+  """Opens the images and makes what is made of a config; checks both."""
+  source = sources.open_source(config.data)
+  checks.check_classes(config, source.num_classes)
+  dataset = agreement.describe(source)
+  hosts.check_alike({**dataset, 'classes': source.num_classes})
+  checkpoint.check_dataset(workdir, dataset, accept=accept)
+  model = make_model(config, num_classes=source.num_classes)
+  tx, schedule, steps = make_optimizer(
+    config, images=len(source.train), groups=methods.groups(config, mesh)
+  )
+  return _Job(
+    config,
+    workdir,
+    software,
+    mesh,
+    source,
+    dataset,
+    model,
+    tx,
+    schedule,
+    steps,
+    methods.make_gradient(model, config, mesh),
+    skipped={},
+    held_out_skipped={},
+  )
+
+
+def _evaluate_alone(
+  config: ml_collections.ConfigDict,
+  state: step.TrainState,
+  evaluate: Callable[[step.TrainState], dict[str, float]],
+  record: metrics.Record,
+  done: int,
+) -> None:
+  """Adds the last row of a run that had no step left."""
+  if hosts.is_first():
+    print('The run is complete: it is only evaluated.')
+  last = (
+    record.rows.pop()
+    # A damaged record may lack it.
+    if record.rows and record.rows[-1]['step'] == done
+    else {'step': done, 'epoch': config.epochs}
+  )
+  metrics.add(record, {**last, **evaluate(state)})
+
+
 def train(
   config: ml_collections.ConfigDict,
   workdir: Path,
@@ -333,9 +529,6 @@ def train(
   checks.check_channels(config)
   mesh = make_mesh(config.batch_size, accumulate=config.accumulate)
   checks.check_on(config, mesh)
-  place = make_placement(mesh)
-  skipped: jpeg.Skipped = {}
-  held_out_skipped: jpeg.Skipped = {}
   with contextlib.ExitStack() as stack:
     storage.check_shared(workdir)
     held = stack.enter_context(lock.hold(workdir))
@@ -343,62 +536,17 @@ def train(
     checkpoint.check_config(workdir, config, accept=accept)
     if init_from is not None:
       checkpoint.check_init_from(workdir, init_from)
-    source = sources.open_source(config.data)
-    checks.check_classes(config, source.num_classes)
-    dataset = agreement.describe(source)
-    hosts.check_alike({**dataset, 'classes': source.num_classes})
-    checkpoint.check_dataset(workdir, dataset, accept=accept)
-    part: dict[str, int] = {
-      'host': jax.process_index(),
-      'hosts': jax.process_count(),
-    }
-    batches = input_pipeline.train_batches(
-      source,
-      config,
-      skipped=skipped,
-      images=methods.METHODS[config.method].images,
-      **part,
-    )
+    job = _open_job(config, workdir, software, mesh, accept)
+    batches = job.train_batches()
     stack.callback(batches.close)
-
-    model = make_model(config, num_classes=source.num_classes)
-    tx, schedule, steps = make_optimizer(
-      config, images=len(source.train), groups=methods.groups(config, mesh)
-    )
-    grad_fn = methods.make_gradient(model, config, mesh)
-    # Of a run that resumes, one state is in memory, not two.
-    described = describe_state(config, model, tx, grad_fn, mesh)
-    restored = checkpoint.restore(workdir, described, batches, software)
-    about = agreement.About(
-      checkpoint.comparable(config), dataset, [], names=source.names
-    )
-    if restored is None:
-      start = None
-      if init_from is not None:
-        start, origin = initial.fit(
-          init_from,
-          config,
-          source.classes,
-          make_model=lambda n: make_model(config, num_classes=n),
-        )
-        about = about._replace(init_from=origin)
-      first = [place(next(batches)) for _ in range(grad_fn.staleness)]
-      state = make_state(
-        config, model, tx, grad_fn, mesh, first, described, start
-      )
-      del first, start
-    else:
-      state, stored = restored
-      about = agreement.go_on(stored, about, int(state.step))
-      del restored
+    state, about = job.begin(batches, init_from)
     done = int(state.step)
     manager = stack.enter_context(
       checkpoint.open_manager(workdir, keep=config.run.keep)
     )
     writes = hosts.is_first()
     if writes:
-      announce(config, source, mesh, about, done=done, steps=steps)
-
+      announce(config, job.source, mesh, about, done=done, steps=job.steps)
     record = metrics.open_record(
       workdir,
       last_step=done,
@@ -406,70 +554,37 @@ def train(
       writers=metrics.make_writer(config, workdir) if writes else (),
     )
     stack.callback(metrics.close, record)
-    evaluate_on = evaluation.make_evaluation(model, config, place)
+    evaluate = job.make_evaluation()
 
-    def evaluate(state: step.TrainState) -> dict[str, float]:
-      held_out = input_pipeline.held_out_batches(
-        source,
-        config,
-        # What a device holds at once.
-        batch_size=config.batch_size // config.accumulate,
-        skipped=held_out_skipped,
-        **part,
-      )
-      return evaluate_on(state, held_out) | {
-        'held_out_skipped': sum(hosts.gather(len(held_out_skipped)))
-      }
+    def save(state: step.TrainState) -> None:
+      if writes:
+        held.check()
+      checkpoint.save(manager, state, batches, about, software)
 
-    after_step = None
-    if methods.METHODS[config.method].gradient == 'absa':
-      after_step = absa.make_growth(model, config, source, place, mesh, **part)
-
-    if done < steps:
-      train_step = make_step(config, tx, schedule, grad_fn, state, mesh)
-
-      def save(state: step.TrainState) -> None:
-        if hosts.is_first():
-          held.check()
-        checkpoint.save(manager, state, batches, about, software)
-
+    if done >= job.steps:
+      _evaluate_alone(config, state, evaluate, record, done)
+    else:
       stop.saves = True
-      done = loop.run_steps(
-        config,
+      done = job.take_steps(
         state,
-        steps=steps,
-        train_step=train_step,
-        next_batch=lambda: place(next(batches)),
-        evaluation=evaluate,
-        after_step=after_step,
+        batches,
+        evaluate=evaluate,
         save=save,
         stop=stop.reached,
         record=record,
-        skipped=skipped,
         changes=len(about.changes),
-        workdir=workdir,
       )
-      if done < steps:
-        checkpoint.finish(manager)
-        number = stop.by()
-        if hosts.is_first():
-          print(
-            f'Stopped by {number.name} after step {done} of {steps}. It is '
-            f'saved in {workdir}/checkpoints; the same command resumes from '
-            'there.',
-            flush=True,
-          )
-        raise SystemExit(128 + number)
-    else:
-      if hosts.is_first():
-        print('The run is complete: it is only evaluated.')
-      last = (
-        record.rows.pop()
-        # A damaged record may lack it.
-        if record.rows and record.rows[-1]['step'] == done
-        else {'step': done, 'epoch': config.epochs}
-      )
-      metrics.add(record, {**last, **evaluate(state)})
-    if hosts.is_first():
-      report(record, workdir, skipped=skipped | held_out_skipped)
+    if done < job.steps:
+      checkpoint.finish(manager)
+      number = stop.by()
+      if writes:
+        print(
+          f'Stopped by {number.name} after step {done} of {job.steps}. It is '
+          f'saved in {workdir}/checkpoints; the same command resumes from '
+          'there.',
+          flush=True,
+        )
+      raise SystemExit(128 + number)
+    if writes:
+      report(record, workdir, skipped=job.skipped | job.held_out_skipped)
   return record.rows[-1]
