@@ -5,7 +5,7 @@
       --config=reference/configs/study_price.py
 
 Images, net, tuning and measures are those of `study_fashion_mnist.py`, at a
-batch of 500. The grid is 72 trials and 105 final runs.
+batch of 500. The grid is 84 trials and 120 final runs.
 """
 
 from typing import Any
@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = study_fashion_mnist.get_config()
   reuse = {'method': 'conadv_reuse'}
   half = {'adversarial_downscale': 2}
+  wide = {'attack': {'epsilon': 16.0}}
   overrides = {
     'vanilla': {},
     'conadv': variants.CONADV,
@@ -34,6 +35,12 @@ def get_config() -> ml_collections.ConfigDict:
     'conadv_every_5': _conadv(every=5),
     'conadv_every_10': _conadv(every=10),
     'conadv_every_5_fraction_50': _conadv(every=5, adversarial_fraction=0.5),
+    # A larger radius is as cheap.
+    'conadv_epsilon_16': _conadv() | wide,
+    'conadv_fraction_9_epsilon_16': _conadv(adversarial_fraction=0.09) | wide,
+    'conadv_every_5_fraction_45_epsilon_16': (
+      _conadv(every=5, adversarial_fraction=0.45) | wide
+    ),
     'conadv_half_attack': _conadv(attack_downscale=2),
     'conadv_half_attack_fraction_12': _conadv(
       attack_downscale=2, adversarial_fraction=0.125
