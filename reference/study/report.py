@@ -267,9 +267,13 @@ def draw(
   name = next(iter(groups.values()))[0]['study']
 
   def save(
-    what: str, draw: Callable[..., None], *args: Any, width: float
+    what: str,
+    draw: Callable[..., None],
+    *args: Any,
+    width: float,
+    height: float = 3.6,
   ) -> None:
-    pages.save(folder / f'{name}_{what}', draw, *args, size=(width, 3.6))
+    pages.save(folder / f'{name}_{what}', draw, *args, size=(width, height))
 
   sizes = sorted({size for _, size in groups})
   if len(sizes) > 1:
@@ -282,7 +286,7 @@ def draw(
       'seconds': results.slowdowns(found),
       **(prices or {}),
     }
-    save('price', plots.price, found, measures, width=11)
+    save('price', plots.price, found, measures, width=11, height=5)
   plain = groups.get(('vanilla', sizes[-1]), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]
