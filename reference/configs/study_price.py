@@ -5,7 +5,8 @@
       --config=reference/configs/study_price.py
 
 Images, net, tuning and measures are those of `study_fashion_mnist.py`, at a
-batch of 500, but for the eigenvalue, which takes longer than the training. The grid is 84 trials and 120 final runs.
+batch of 500, but for the eigenvalue, which takes longer than the training. The
+grid is 84 trials and 120 final runs.
 """
 
 from typing import Any
