@@ -93,11 +93,15 @@ def test_no_gradient_is_computed_that_is_not_asked_for(argument):
   assert str(jax.make_jaxpr(gradient)(*at)).count('= conv_general_dilated') == 2
 
 
-def test_a_resnet_has_it():
-  build = functools.partial(models.ResNet, 10, (1,), 4, 'basic', 'imagenet')
-  variables = jax.eval_shape(
-    functools.partial(build(jnp.float32).init, train=False),
-    jax.random.key(0),
-    jnp.ones((1, 32, 32, 3)),
-  )
+def test_an_attack_on_a_resnet_goes_through_it():
+  net = models.ResNet(10, (1,), 4, 'basic', 'imagenet', jnp.float32)
+  x = jnp.ones((1, 32, 32, 3))
+  init = functools.partial(net.init, train=False)
+  variables = jax.eval_shape(init, jax.random.key(0), x)
   assert variables['params']['stem']['kernel'].shape == (7, 7, 3, 4)
+
+  def loss_fn(x, variables):
+    return jnp.sum(net.apply(variables, x, train=False))
+
+  text = str(jax.make_jaxpr(jax.grad(loss_fn))(x, variables))
+  assert 'f32[4,4,12,4]' in text
