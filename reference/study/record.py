@@ -29,6 +29,7 @@ FIELDS = (
   'every',
   'adversarial_downscale',
   'attack_downscale',
+  'dtype',
   'augmentation',
   'epochs',
   'train_images',

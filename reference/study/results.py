@@ -22,6 +22,7 @@ _WHAT_AN_ABLATION_CHANGES = (
   'every',
   'adversarial_downscale',
   'attack_downscale',
+  'dtype',
   'augmentation',
 )
 # What the passes of an attacked example, of training and attack, cost beside a
@@ -34,7 +35,12 @@ _PASSES = {
   'conadv_reuse': (1.0, 0.0),
 }
 # What columns were, before a study had them.
-_BEFORE = {'every': 1.0, 'adversarial_downscale': 1.0, 'attack_downscale': 1.0}
+_BEFORE = {
+  'every': 1.0,
+  'adversarial_downscale': 1.0,
+  'attack_downscale': 1.0,
+  'dtype': 'float32',
+}
 
 
 def read(path: Path) -> list[Row]:

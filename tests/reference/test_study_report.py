@@ -39,6 +39,7 @@ def rows(tmp_path):
         'every': 1.0,
         'adversarial_downscale': 1.0,
         'attack_downscale': 1.0,
+        'dtype': 'float32',
         'augmentation': 'resize',
         'epochs': 20.0,
         'steps': 100,
@@ -230,6 +231,7 @@ def test_a_csv_of_before_there_were_prices_goes_on(tmp_path):
     'every': 1.0,
     'adversarial_downscale': 1.0,
     'attack_downscale': 1.0,
+    'dtype': 'float32',
   }
 
 
