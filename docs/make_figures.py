@@ -7,6 +7,7 @@ is drawn from the CSV that they wrote, and is not measured again.
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ FOLDER = DOCS / 'figures'
 STEPS = 337
 # Of the spectrum: products of a random start, and random starts.
 DEGREE, PROBES = 24, 2
+# What the study of prices calls a step of the benchmarks.
+VARIANTS = {
+  'vanilla': 'plain',
+  'conadv': 'ConAdv',
+  'conadv_fraction_20': 'fraction 0.2',
+  'conadv_half_attack': 'half attack',
+  'conadv_half': 'half',
+  'conadv_half_fraction_35': 'half fraction 0.35',
+  'conadv_quarter': 'quarter',
+  'conadv_reuse': 'reuse',
+  'conadv_reuse_fraction_20': 'reuse + fraction 0.2',
+}
 
 
 def timeline(figure: Figure) -> None:
@@ -257,6 +270,16 @@ def spectral_density(figure: Figure, spectrum: hessian.Spectrum) -> None:
   hessian_figure.plot(figure.subplots(), spectrum)
 
 
+def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """What steps cost on a TPU beside the plain one, by variant of the study."""
+  ratios = {row['row']: row['megacycles_ratio'] for row in rows}
+  found = {variant: ratios[row] for variant, row in VARIANTS.items()}
+  for k in (2, 5, 10):
+    # One step in k attacks, and one trains on what it made.
+    found[f'conadv_every_{k}'] = (ratios['ConAdv'] + k - 1) / k
+  return found
+
+
 def main() -> None:
   """All of them."""
   pages.save(FOLDER / 'timeline', timeline, size=(8, 3.2))
@@ -276,8 +299,11 @@ def main() -> None:
       # Several devices share the cores of a CPU, and their times say little.
       alone = [x for x in rows if math.prod(ROWS[str(x['row'])].mesh) == 1]
       figures.draw_cost(FOLDER / path.stem, alone)
+  v3 = tables.read_csv(DOCS / 'cost_v3_2x2.csv')
   for path in sorted(DOCS.glob('study_*.csv')):
-    report.draw(results.read(path), FOLDER)
+    report.draw(
+      results.read(path), FOLDER, prices={'cycles of TPU v3': cycles(v3)}
+    )
 
 
 if __name__ == '__main__':
