@@ -280,13 +280,13 @@ def draw(
     save('accuracy', plots.accuracy, groups, width=7.5)
   save('time', plots.time, groups, width=9.5)
   if results.has_prices(groups):
-    found = results.priced(groups)
+    variants = results.priced(groups)
     measures = {
-      'arithmetic': {name: results.price(x[0]) for name, x in found.items()},
-      'seconds': results.slowdowns(found),
+      'arithmetic': {name: results.price(x[0]) for name, x in variants.items()},
+      'seconds': results.slowdowns(variants),
       **(prices or {}),
     }
-    save('price', plots.price, found, measures, width=11, height=5)
+    save('price', plots.price, variants, measures, width=11, height=5)
   plain = groups.get(('vanilla', sizes[-1]), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]
