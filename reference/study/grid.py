@@ -201,7 +201,7 @@ def run(
       'every': of_cell.methods.conadv.every,
       'adversarial_downscale': of_cell.methods.conadv.adversarial_downscale,
       'attack_downscale': of_cell.methods.conadv.attack_downscale,
-      'dtype': of_cell.model.dtype,
+      'dtype': of_cell.model.get('dtype', ''),
       'augmentation': of_cell.data.crop,
       'epochs': of_cell.epochs,
       'train_images': len(data.train.labels),

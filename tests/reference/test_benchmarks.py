@@ -53,13 +53,17 @@ def dense(hidden):
   """Layers that are compiled sooner than convolutions."""
   return f"""
 import flax.linen as nn
+import jax.numpy as jnp
 
 class Dense(nn.Module):
   num_classes: int = 32
 
   @nn.compact
   def __call__(self, x, *, train):
-    x = nn.Dense(16, name='stem')(x.reshape(x.shape[0], -1))
+    x = x.reshape(x.shape[0], -1)
+    # Smaller images have as many zeros behind them.
+    x = jnp.pad(x, ((0, 0), (0, 8 * 8 * 3 - x.shape[1])))
+    x = nn.Dense(16, name='stem')(x)
     x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
     return nn.Dense(self.num_classes, name='head')(nn.Dense({hidden})(x))
 
@@ -113,6 +117,11 @@ def test_flops_are_those_of_the_passes(cost):
     'ConAdv by hand': 2 * train + attack,
     'ConAdv': 2 * train + attack,
     'ConAdv staleness 4': 2 * train + attack,
+    # This net takes smaller images for as large ones.
+    'half attack': 2 * train + attack,
+    'half': 2 * train + attack,
+    'half fraction 0.35': train + 0.35 * (train + attack),
+    'quarter': 2 * train + attack,
     'reuse': train_and_inputs + train,
     'fraction 0.2': train + part * (train + attack),
     'reuse + fraction 0.2': train_and_inputs + part * train,
