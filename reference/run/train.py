@@ -308,6 +308,7 @@ class _Job:
     workdir: its folder.
     software: versions of all that computes, at the start.
     mesh: the devices.
+    place: splits a batch over them.
     source: the images.
     dataset: what a checkpoint says of them.
     model: of the classes of the source.
@@ -323,6 +324,7 @@ class _Job:
   workdir: Path
   software: dict[str, str]
   mesh: Mesh
+  place: Callable[[dict[str, np.ndarray]], step.Batch]
   source: sources.Source
   dataset: dict[str, Any]
   model: models.Model
@@ -332,10 +334,6 @@ class _Job:
   grad_fn: conadv.GradientFunction | conadv.Diffusion
   skipped: jpeg.Skipped
   held_out_skipped: jpeg.Skipped
-
-  def place(self, batch: dict[str, np.ndarray]) -> step.Batch:
-    """Splits a batch over the devices."""
-    return make_placement(self.mesh)(batch)
 
   def train_batches(self) -> grain.DatasetIterator:
     """This process's rows of the batches, from the first on."""
@@ -457,6 +455,7 @@ def _open_job(
     workdir,
     software,
     mesh,
+    make_placement(mesh),
     source,
     dataset,
     model,
