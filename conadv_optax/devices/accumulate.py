@@ -27,6 +27,7 @@ def accumulate(
   micro_batches: int,
   *,
   second_moment: bool = False,
+  unroll: bool = False,
 ) -> GradientFunction:
   r"""Runs a gradient function on one micro-batch of the batch after another.
 
@@ -50,6 +51,9 @@ def accumulate(
       `plain`.
     micro_batches: their number, static.
     second_moment: whether the aux holds :math:`\frac1K \sum_k g_k^2` too.
+    unroll: whether the program holds a copy of `grad_fn` for each micro-batch
+      in place of a loop. It takes longer to compile. XLA for CPUs runs
+      convolutions in a loop many times slower than outside of it.
 
   Returns:
     A `GradientFunction`, whose state has the form of that on devices. Losses,
@@ -83,7 +87,7 @@ def accumulate(
   """
   check_count('micro_batches', micro_batches)
   grad_fn = as_gradient_function(grad_fn)
-  made = _Accumulate(grad_fn, micro_batches, second_moment)
+  made = _Accumulate(grad_fn, micro_batches, second_moment, unroll)
   return around(made, grad_fn)
 
 
@@ -92,6 +96,7 @@ class _Accumulate:
   grad_fn: GradientFunction
   micro_batches: int
   second_moment: bool
+  unroll: bool
 
   def init(self, call: Call) -> Any:
     batches = cut(call.batch, self.micro_batches)
@@ -180,6 +185,7 @@ class _Accumulate:
       body,
       (state, first, *zeros),
       jnp.arange(self.micro_batches, dtype=jnp.int32),
+      unroll=self.unroll,
     )
     means = scale(1 / self.micro_batches, total.means)
     if wants_moment:

@@ -95,6 +95,8 @@ def get_config() -> ml_collections.ConfigDict:
           'sam',
           'batch_augment',
         ),
+        # Of a variant a field and its values, tried at its best peak.
+        'settings': {},
         # At the largest batch, with the peak of the variant named.
         'ablations': {
           'plain_images': 'vanilla',

@@ -108,6 +108,8 @@ def get_config() -> ml_collections.ConfigDict:
           'augmentation',
           'conadv_augmentation',
         ),
+        # Of a variant a field and its values, tried at its best peak.
+        'settings': {},
         # At the largest batch, with the peak of the variant named.
         'ablations': {
           # Which of two good peaks is taken is chance, and no part of what a

@@ -208,7 +208,11 @@ def make_gradient(
       grad_fn, mesh, second_moment=compares_groups(config)
     )
   grad_fn = conadv.accumulate(
-    grad_fn, micro_batches, second_moment=compares_groups(config)
+    grad_fn,
+    micro_batches,
+    second_moment=compares_groups(config),
+    # More take long to compile.
+    unroll=micro_batches <= 16 and mesh.devices.flat[0].platform == 'cpu',
   )
   # One device then draws for its micro-batches what as many devices would
   # have drawn.

@@ -365,7 +365,7 @@ def run(
     'seconds_a_step': statistics.median(seconds),
   }
   means = loop.average(last_epoch)
-  for name in ('loss_main', 'loss_adversarial'):
+  for name in ('loss_main', 'loss_adversarial', 'noise_scale'):
     if name in means:
       row[name] = means[name]
   if final:

@@ -2,9 +2,10 @@
 
 Every cell runs the main job's step. First each variant is tried with the same
 number of peak learning rates at each batch size, judged by the validation
-images. Then it runs with the best of them and every seed, measured on the test
-images. A cell's row is written to the CSV when it is done, and a cell that has
-its row is not run again: after a stop or a kill the same command goes on.
+images; then with other values of a number of its own, at the best of them. At
+last it runs with the best of all and every seed, measured on the test images. A
+cell's row is written to the CSV when it is done, and a cell that has its row is
+not run again: after a stop or a kill the same command goes on.
 """
 
 import csv
@@ -23,6 +24,7 @@ import tqdm
 
 from reference.configs import methods
 from reference.run import checkpoint
+from reference.run import methods as run_methods
 from reference.study import cell as study_cell
 from reference.study import record
 
@@ -36,6 +38,8 @@ class Cell(NamedTuple):
     peak: the largest learning rate.
     seed: of model, order and attack.
     final: whether it is measured on the test images, or is a trial.
+    setting: a field and its value, as 'methods.sam.radius=0.2'; or '', where
+      `study.overrides` says all.
   """
 
   variant: str
@@ -43,6 +47,7 @@ class Cell(NamedTuple):
   peak: float
   seed: int
   final: bool
+  setting: str = ''
 
 
 def cell_config(
@@ -53,12 +58,23 @@ def cell_config(
   config.update(config.study.overrides[cell.variant])
   config.batch_size, config.seed = cell.batch_size, cell.seed
   config.lars.peak = float(cell.peak)
+  if cell.setting:
+    field, _, value = cell.setting.partition('=')
+    config.update_from_flattened_dict({field: json.loads(value)})
   return config
 
 
 def identify(config: ml_collections.ConfigDict, cell: Cell) -> str:
   """A short name of all that a cell's result depends on."""
-  grid = ('batch_sizes', 'peaks', 'seeds', 'variants', 'ablations', 'at_once')
+  grid = (
+    'batch_sizes',
+    'peaks',
+    'seeds',
+    'variants',
+    'settings',
+    'ablations',
+    'at_once',
+  )
   left_out = ('run.', 'study.overrides.', *(f'study.{name}' for name in grid))
   # A method that joins the others later makes no other cell of this one.
   defaults = checkpoint.fields(
@@ -91,10 +107,49 @@ def trials(config: ml_collections.ConfigDict) -> list[Cell]:
   ]
 
 
+def best(
+  config: ml_collections.ConfigDict, accuracies: dict[Cell, float]
+) -> list[Cell]:
+  """The best trial of every variant at every batch size.
+
+  Args:
+    config: of the study.
+    accuracies: of the trials, on the validation images.
+  """
+  study = config.study
+  return [
+    max(
+      (x for x in accuracies if x[:2] == (variant, batch_size)),
+      key=lambda cell: accuracies[cell],
+      default=Cell(variant, batch_size, peaks[0], 0, final=False),
+    )
+    for batch_size, peaks in zip(study.batch_sizes, study.peaks, strict=True)
+    for variant in study.variants
+  ]
+
+
+def more_trials(
+  config: ml_collections.ConfigDict, accuracies: dict[Cell, float]
+) -> list[Cell]:
+  """Other values of each variant's own number, at its best peak.
+
+  Args:
+    config: of the study.
+    accuracies: of the trials of peaks, on the validation images.
+  """
+  return [
+    cell._replace(setting=f'{field}={value}')
+    for cell in best(config, accuracies)
+    if cell.variant in config.study.settings
+    for field, *values in [config.study.settings[cell.variant]]
+    for value in values
+  ]
+
+
 def finals(
   config: ml_collections.ConfigDict, accuracies: dict[Cell, float]
 ) -> list[Cell]:
-  """Every variant with its best peak, seed by seed.
+  """Every variant as its best trial, seed by seed.
 
   An ablation runs at the largest batch, with the peak of what it is one of.
 
@@ -103,26 +158,16 @@ def finals(
     accuracies: of the trials, on the validation images.
   """
   study = config.study
-  sizes = list(zip(study.batch_sizes, study.peaks, strict=True))
-  chosen = []
-  for batch_size, peaks in sizes:
-    for variant in study.variants:
-      peak = max(
-        peaks,
-        key=lambda peak: accuracies.get(
-          Cell(variant, batch_size, peak, 0, final=False), 0.0
-        ),
-      )
-      chosen.append((variant, batch_size, peak))
+  chosen = best(config, accuracies)
   largest = max(study.batch_sizes)
   chosen += [
-    (ablation, largest, peak)
+    cell._replace(variant=ablation, setting='')
     for ablation, parent in study.ablations.items()
-    for variant, batch_size, peak in chosen
-    if (variant, batch_size) == (parent, largest)
+    for cell in chosen
+    if cell[:2] == (parent, largest)
   ]
   return [
-    Cell(*cell, seed, final=True)
+    cell._replace(seed=seed, final=True)
     for seed in range(study.seeds)
     for cell in chosen
   ]
@@ -202,6 +247,8 @@ def run(
       'adversarial_downscale': of_cell.methods.conadv.adversarial_downscale,
       'attack_downscale': of_cell.methods.conadv.attack_downscale,
       'dtype': of_cell.model.get('dtype', ''),
+      'copies': run_methods.copies(of_cell),
+      'micro_batches': of_cell.accumulate,
       'augmentation': of_cell.data.crop,
       'epochs': of_cell.epochs,
       'train_images': len(data.train.labels),
@@ -229,14 +276,20 @@ def run(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
 
-  tried = trials(config)
-  total = len(tried) + len(finals(config, {}))
-  with tqdm.tqdm(total=total, unit='cell', dynamic_ncols=True) as bar:
-    run_all(tried)
+  def try_all(cells: Sequence[Cell]) -> dict[Cell, float]:
+    run_all(cells)
     found = {row['cell']: row for row in rows}
-    accuracies = {
+    return {
       cell: float(found[identify(config, cell)].get('accuracy') or 0)
-      for cell in tried
+      for cell in cells
     }
+
+  tried = trials(config)
+  total = sum(
+    len(x) for x in (tried, more_trials(config, {}), finals(config, {}))
+  )
+  with tqdm.tqdm(total=total, unit='cell', dynamic_ncols=True) as bar:
+    accuracies = try_all(tried)
+    accuracies |= try_all(more_trials(config, accuracies))
     run_all(finals(config, accuracies))
   return rows

@@ -21,6 +21,7 @@ FIELDS = (
   'method',
   'batch_size',
   'peak',
+  'setting',
   'seed',
   'staleness',
   'epsilon',
@@ -30,6 +31,8 @@ FIELDS = (
   'adversarial_downscale',
   'attack_downscale',
   'dtype',
+  'copies',
+  'micro_batches',
   'augmentation',
   'epochs',
   'train_images',
@@ -42,6 +45,7 @@ FIELDS = (
   'top_eigenvalue',
   'loss_main',
   'loss_adversarial',
+  'noise_scale',
   'seconds_a_step',
   'seconds',
   'diverged',
@@ -115,9 +119,10 @@ def describe_machine(devices: Sequence[jax.Device]) -> Row:
 
 def describe(row: Row) -> str:
   """A row as a line for the console."""
+  setting = f'{row["setting"]}, ' if row['setting'] else ''
   words = [
     f'{row["variant"]}, batch {row["batch_size"]}, peak {row["peak"]:g}, '
-    f'{row["kind"]}, seed {row["seed"]}'
+    f'{setting}{row["kind"]}, seed {row["seed"]}'
   ]
   if 'accuracy' in row:
     words.append(
