@@ -352,6 +352,16 @@ def plain_on_devices(
   )
 
 
+def plain_in_parts(
+  loss_fn: Any, mesh: Mesh, *, unroll: bool = False
+) -> conadv.GradientFunction:
+  """The plain gradient, in four micro-batches on one device."""
+  del mesh
+  return conadv.accumulate(
+    conadv.plain(loss_fn, has_state=True), 4, unroll=unroll
+  )
+
+
 def scoped(attack: conadv.Attack) -> conadv.Attack:
   """An attack whose operations carry its name in the compiler's schedule."""
   return attack._replace(craft=jax.named_scope('attack')(attack.craft))
@@ -423,6 +433,11 @@ ROWS = {
         loss_fn, attack=conadv.fgsm(EPSILON), has_state=True
       )
     )
+  ),
+  'accumulate': Row(of(plain_in_parts, branched=False)),
+  'accumulate unrolled': Row(
+    of(functools.partial(plain_in_parts, unroll=True), branched=False),
+    'accumulate',
   ),
   'plain data_parallel': Row(of(plain_on_devices, branched=False), mesh=(4, 1)),
   'scale_by_gsnr': Row(

@@ -43,6 +43,14 @@ COMPARISONS = (
   ('batch_augment', 'vanilla', 'batch augmentation against vanilla'),
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
+  ('micro_batches', 'vanilla', 'micro-batches against vanilla'),
+  ('vrgd', 'micro_batches', 'VRGD against micro-batches'),
+  ('agvm', 'micro_batches', 'AGVM against micro-batches'),
+  ('short_warmup', 'vanilla', 'a tenth of the warm-up against all of it'),
+  ('legw', 'vanilla', 'LEGW against the tuned peak'),
+  ('sam', 'conadv', 'SAM against ConAdv'),
+  ('conadv_sam', 'conadv', 'SAM on top of ConAdv'),
+  ('conadv_vrgd', 'conadv', 'VRGD on top of ConAdv'),
 )
 _NO_BREAK = '\N{NO-BREAK SPACE}'
 
@@ -88,7 +96,7 @@ def accuracy_table(groups: results.Groups, batch_size: int) -> str:
     lines.append(
       (
         f'`{variant}`',
-        f'{rows[0]["peak"]:g}',
+        results.chosen(rows[0]),
         f'{len(results.values(rows, "accuracy"))}',
         mean_text(results.values(rows, 'accuracy'), 100, 2),
         mean_text(results.values(rows, 'train_accuracy'), 100, 2),
@@ -152,9 +160,9 @@ def comparison_table(groups: results.Groups) -> str:
   )
 
 
-def price_table(groups: results.Groups) -> str:
-  """What each variant gains at the largest batch, and what it costs."""
-  found = results.priced(groups)
+def price_table(groups: results.Groups, batch_size: int) -> str:
+  """What each variant gains at a batch size, and what it costs."""
+  found = results.priced(groups, batch_size)
   plain, whole = (found.get(name, []) for name in ('vanilla', 'conadv'))
   of_all = results.differences(whole, plain)
   seconds = results.slowdowns(found)
@@ -193,7 +201,7 @@ def trial_table(rows: Iterable[results.Row]) -> str:
     if row['kind'] == 'trial':
       accuracy = f'{100 * row["accuracy"]:.2f}' if 'accuracy' in row else '-'
       group = row['variant'], int(row['batch_size'])
-      tried.setdefault(group, []).append(f'{row["peak"]:g}: {accuracy}')
+      tried.setdefault(group, []).append(f'{results.chosen(row)}: {accuracy}')
   return table(
     ('variant', 'batch', 'peak: validation, %'),
     [
@@ -241,7 +249,9 @@ def report(rows: Sequence[results.Row]) -> str:
   parts += ['### Differences', comparison_table(groups)]
   if groups:
     if results.has_prices(groups):
-      parts += ['### Price', price_table(groups)]
+      for batch_size in sorted({size for _, size in groups}):
+        heading = f'### Price, batch {batch_size:,}'
+        parts += [heading, price_table(groups, batch_size)]
     for name, found in results.effects(groups).items():
       if len(found) > 1:
         parts += [f'### Effect of {name}', effect_table(found)]
@@ -280,7 +290,7 @@ def draw(
     save('accuracy', plots.accuracy, groups, width=7.5)
   save('time', plots.time, groups, width=9.5)
   if results.has_prices(groups):
-    variants = results.priced(groups)
+    variants = results.priced(groups, sizes[-1])
     measures = {
       'arithmetic': {name: results.price(x[0]) for name, x in variants.items()},
       'seconds': results.slowdowns(variants),

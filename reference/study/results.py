@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from reference.command import Mistake
 from reference.study import record
@@ -23,16 +24,48 @@ _WHAT_AN_ABLATION_CHANGES = (
   'adversarial_downscale',
   'attack_downscale',
   'dtype',
+  'copies',
+  'micro_batches',
   'augmentation',
 )
-# What the passes of an attacked example, of training and attack, cost beside a
-# clean one. Forward, backward to the weights and backward to the inputs are a
-# third each, and an attack pass has no gradient of the weights.
-_PASSES = {
-  'vanilla': (0.0, 0.0),
-  'advprop': (1.0, 2 / 3),
-  'conadv': (1.0, 2 / 3),
-  'conadv_reuse': (1.0, 0.0),
+
+
+class Price(NamedTuple):
+  """What a step of a method is made of.
+
+  Forward, backward to the weights and backward to the inputs are a third of a
+  plain step each, and an attack pass has no gradient of the weights.
+
+  Attributes:
+    training: plain steps of an attacked example, beside those of a clean one.
+    attack: plain steps of its attack.
+    gradients: how often a step trains, at several points.
+  """
+
+  training: float = 0.0
+  attack: float = 0.0
+  gradients: float = 1.0
+
+
+_CONADV = Price(training=1.0, attack=2 / 3)
+_PRICES = {
+  'vanilla': Price(),
+  'advprop': _CONADV,
+  'conadv': _CONADV,
+  'conadv_reuse': Price(training=1.0),
+  # A fifth is attacked by a gradient that trains too, and is not clean then.
+  'fast_advprop': Price(gradients=1.2),
+  'sam': Price(gradients=2.0),
+  # At one step in five.
+  'looksam': Price(gradients=1.2),
+  'ssam': Price(gradients=2.0),
+  'gradient_norm_penalty': Price(gradients=2.0),
+  'extrapolate': Price(),
+  'vrgd': Price(),
+  'agvm': Price(),
+  'batch_augment': Price(),
+  'conadv_sam': _CONADV._replace(gradients=2.0),
+  'conadv_vrgd': _CONADV,
 }
 # What columns were, before a study had them.
 _BEFORE = {
@@ -40,6 +73,8 @@ _BEFORE = {
   'adversarial_downscale': 1.0,
   'attack_downscale': 1.0,
   'dtype': 'float32',
+  'copies': 1.0,
+  'micro_batches': 1.0,
 }
 
 
@@ -94,26 +129,37 @@ def differences(first: Sequence[Row], second: Sequence[Row]) -> list[float]:
 def has_prices(groups: Groups) -> bool:
   """Whether a study is of prices: that of all its variants is known."""
   return all(
-    row['method'] in _PASSES and row['augmentation'] == 'resize'
+    row['method'] in _PRICES and row['augmentation'] == 'resize'
     for row, *_ in groups.values()
   )
 
 
 def price(row: Row) -> float:
   """Plain steps that a step costs by arithmetic."""
-  training, attack = _PASSES[row['method']]
-  attack /= row['attack_downscale'] ** 2
+  of = _PRICES[row['method']]
   share = row['adversarial_fraction'] / row['every']
-  return 1 + share * (training + attack) / row['adversarial_downscale'] ** 2
+  share /= row['adversarial_downscale'] ** 2
+  trained = row['copies'] + share * of.training
+  return (
+    of.gradients * trained + share * of.attack / row['attack_downscale'] ** 2
+  )
 
 
-def priced(groups: Groups) -> dict[str, list[Row]]:
-  """The rows of each variant at the largest batch, the cheapest first."""
-  largest = max(size for _, size in groups)
+def priced(groups: Groups, batch_size: int) -> dict[str, list[Row]]:
+  """The rows of each variant at a batch size, the cheapest first."""
   found = {
-    variant: rows for (variant, size), rows in groups.items() if size == largest
+    variant: rows
+    for (variant, size), rows in groups.items()
+    if size == batch_size
   }
   return dict(sorted(found.items(), key=lambda item: price(item[1][0])))
+
+
+def chosen(row: Row) -> str:
+  """The peak of a row, and its variant's own number where it was changed."""
+  field, _, value = row.get('setting', '').partition('=')
+  own = f', {field.rpartition(".")[2]}={value}' if field else ''
+  return f'{row["peak"]:g}{own}'
 
 
 def slowdowns(found: dict[str, list[Row]]) -> dict[str, float]:

@@ -81,6 +81,25 @@ def test_micro_batches_are_devices(kind):
 
 
 @pytest.mark.slow
+def test_unrolled_micro_batches_are_those_of_the_loop():
+  grad_fn = make_grad_fn('stale')
+  loop, state = run(conadv.accumulate(grad_fn, 4))
+  unrolled, other = run(conadv.accumulate(grad_fn, 4, unroll=True))
+  chex.assert_trees_all_close(loop, unrolled, **CLOSE)
+  chex.assert_trees_all_close(state, other, **CLOSE)
+
+  params, model_state = init_model()
+  plain = conadv.plain(loss_fn, has_state=True)
+  for unroll in (False, True):
+    of_four = conadv.accumulate(plain, 4, unroll=unroll)
+    state = of_four.init(params, [], model_state=model_state)
+    lowered = jax.jit(of_four.value_and_grad).lower(
+      params, state, make_batch(0, size=32), model_state=model_state
+    )
+    assert ('stablehlo.while' in lowered.as_text()) != unroll
+
+
+@pytest.mark.slow
 def test_micro_batches_on_devices_are_as_many_groups():
   loss = conadv.plain(loss_fn, has_state=True)
   both, _ = run(

@@ -129,6 +129,9 @@ def test_flops_are_those_of_the_passes(cost):
     'sam': 2 * train,
     'extrapolate': train,
     'fast_advprop': (1 - part) * train + part * (train_and_inputs + train),
+    # A loop counts once.
+    'accumulate': train / 4,
+    'accumulate unrolled': train,
     'plain data_parallel': train / 4,
     'scale_by_gsnr': train / 4,
     # A device of four trains on a quarter and attacks it; a trainer of three

@@ -251,6 +251,45 @@ def test_the_best_peak_by_validation_is_taken_and_by_ablations_too():
     assert sorted(cell[:3] for cell in part) == sorted(chosen)
 
 
+def test_a_number_of_its_own_is_tried_at_the_best_peak(
+  tmp_path, monkeypatch, one_device
+):
+  monkeypatch.setattr(study_cell, 'make_program', lambda *_: None)
+  monkeypatch.setattr(study_cell, 'make_measures', lambda *_: None)
+  config = make_config(
+    **{'study.variants': ('vanilla', 'sam'), 'study.peaks': ((1.0, 2.0, 4.0),)}
+  )
+  config.study.overrides = {'vanilla': {}, 'sam': {'method': 'sam'}}
+  config.study.settings = {'sam': ('methods.sam.radius', 0.25, 0.5)}
+  ran = []
+
+  def run(config, *_, final):
+    peak, radius = config.lars.peak, config.methods.sam.radius
+    ran.append((config.method, peak, radius, final))
+    accuracy = 0.5 - abs(peak - 2.0) / 10
+    if config.method == 'sam' and radius == better:
+      accuracy += 0.1
+    return {'accuracy': accuracy, 'train_accuracy': 1.0, 'seconds': 0.0}
+
+  monkeypatch.setattr(study_cell, 'run', run)
+  for better, setting in ((0.5, 'methods.sam.radius=0.5'), (0.05, '')):
+    ran.clear()
+    folder = tmp_path / str(better)
+    rows = grid.run(config, folder, command=COMMAND)
+    # Three peaks each, two radii more, and both seeds.
+    assert len(ran) == len(by_cell(rows)) == 3 * 2 + 2 + 2 * 2
+    assert [x[:3] for x in ran[6:8]] == [('sam', 2.0, 0.25), ('sam', 2.0, 0.5)]
+    last = {(x['variant'], x['peak'], x['setting']) for x in rows[8:]}
+    assert last == {('vanilla', 2.0, ''), ('sam', 2.0, setting)}
+    assert {x[:3] for x in ran[8:]} == {
+      ('vanilla', 2.0, 0.05),
+      ('sam', 2.0, better),
+    }
+    ran.clear()
+    grid.run(config, folder, command=COMMAND)
+    assert not ran
+
+
 def test_a_single_peak_needs_no_trial():
   config = make_config(**{'study.peaks': ((8.0,),)})
   assert grid.trials(config) == []

@@ -40,6 +40,8 @@ def rows(tmp_path):
         'adversarial_downscale': 1.0,
         'attack_downscale': 1.0,
         'dtype': 'float32',
+        'copies': 1.0,
+        'micro_batches': 1.0,
         'augmentation': 'resize',
         'epochs': 20.0,
         'steps': 100,
@@ -181,6 +183,13 @@ def test_a_price_is_the_passes_of_a_step(rows):
       conadv | {'adversarial_downscale': 2, 'adversarial_fraction': 0.35},
       3 + 0.35 * (3 + 2) / 4,
     ),
+    (plain | {'method': 'batch_augment', 'copies': 4}, 4 * 3),
+    (plain | {'method': 'sam'}, 3 + 3),
+    (plain | {'method': 'looksam'}, 3 + 3 / 5),
+    # One attack, and both branches at two points.
+    (conadv | {'method': 'conadv_sam'}, 2 * (3 + 3) + 2),
+    # Four fifths clean; a fifth adversarial, and trained on before, too.
+    (plain | {'method': 'fast_advprop'}, 4 / 5 * 3 + 1 / 5 * (3 + 3)),
   ):
     np.testing.assert_allclose(results.price(row), thirds / 3)
 
@@ -188,16 +197,16 @@ def test_a_price_is_the_passes_of_a_step(rows):
 def test_a_study_with_a_variant_of_unknown_price_is_of_something_else(rows):
   groups = results.finals(rows)
   assert results.has_prices(groups)
-  for changed in ({'augmentation': 'pad'}, {'method': 'sam'}):
+  for changed in ({'augmentation': 'pad'}, {'method': 'absa'}):
     other = {'other': [rows[-1] | changed]}
     assert not results.has_prices(groups | other)
-    assert '### Price' not in report.report(
+    assert '### Price,' not in report.report(
       [*rows, rows[-1] | {'variant': 'other'} | changed]
     )
 
 
 def test_the_cheapest_stands_first_and_gains_are_shares_of_conadv(rows):
-  text = report.price_table(results.finals(rows))
+  text = report.price_table(results.finals(rows), 750)
   names = [line.split('`')[1] for line in text.splitlines()[2:]]
   assert names[:2] == ['vanilla', 'conadv_reuse']
   gains = {
@@ -232,7 +241,24 @@ def test_a_csv_of_before_there_were_prices_goes_on(tmp_path):
     'adversarial_downscale': 1.0,
     'attack_downscale': 1.0,
     'dtype': 'float32',
+    'copies': 1.0,
+    'micro_batches': 1.0,
   }
+
+
+def test_a_row_names_the_number_that_was_tuned(rows):
+  row = {'peak': 16.0, 'accuracy': 0.875}
+  assert results.chosen(row) == '16'
+  setting = {'setting': 'methods.sam.radius=0.2'}
+  assert results.chosen(row | setting) == '16, radius=0.2'
+  [trial] = [
+    x
+    for x in rows
+    if (x['kind'], x['variant'], x['batch_size']) == ('trial', 'vanilla', 60)
+  ]
+  text = report.trial_table([trial, trial | row | setting])
+  line = line_of(text, '| `vanilla`')
+  assert '2: 12.50, 16, radius=0.2: 87.50' in line
 
 
 def test_two_rows_of_a_seed_are_refused(rows):
