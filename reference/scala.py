@@ -1,8 +1,10 @@
 """Text at a large batch, noise at its embedding: `python -m reference.scala`.
 
 A small transformer learns which module of Python's library a line is from. It
-is trained by LAMB, with noise and without, in the manner of ScaLA: the noise is
-light, takes one step of ascent, and sets in after a part of the run.
+is trained by LAMB, without noise, with ConAdv at the embedding, and in the
+manner of ScaLA: the noise is light, takes one step of ascent, and sets in after
+a part of the run. Each has as many trials, of the rate and of a number of its
+own, which are judged by lines that no run trains on and no table reports.
 
 References:
   Zhang et al., `ScaLA: Accelerating Adaptation of Pre-Trained Transformer-Based
@@ -10,50 +12,139 @@ References:
   <https://arxiv.org/abs/2201.12469>`_, 2022
 """
 
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
 from absl import flags
 
 from reference import command
-from reference.study import text
+from reference.study import record, text
+from reference.tools import tables
 
-_BATCH = flags.DEFINE_integer(
-  'batch_size', 1024, 'Lines a step.', lower_bound=1
-)
-_EPOCHS = flags.DEFINE_integer(
-  'epochs', 15, 'Passes over the lines.', lower_bound=1
-)
-_RATE = flags.DEFINE_float('rate', 0.02, "LAMB's peak.")
-_EPSILON = flags.DEFINE_multi_float(
-  'epsilon',
-  [0.0, 0.5],
-  'Radius of the noise of a line, in units of the embedding; 0 is no noise.',
-  lower_bound=0.0,
-)
-_START = flags.DEFINE_float(
-  'start',
-  0.3,
-  'The share of the run before the noise sets in.',
-  lower_bound=0.0,
-  upper_bound=1.0,
-)
-_ASCENT = flags.DEFINE_bool(
-  'ascent', True, 'Whether the noise climbs the loss; else it is drawn.'
-)
-_SEEDS = flags.DEFINE_integer(
-  'seeds', 3, 'How many runs of each.', lower_bound=1
-)
+# What differs from the defaults of a run; and a number of its own, with other
+# values.
+NOISES: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
+  'none': ({'epsilon': 0.0}, 'dropout', (0.2, 0.3)),
+  'conadv': ({'start': 0.0, 'staleness': 1}, 'epsilon', (0.25, 1.0)),
+  'scala': ({}, 'epsilon', (0.25, 1.0)),
+  # Scala's noise without its ascent.
+  'drawn': ({'ascent': False}, 'epsilon', (0.25, 1.0)),
+}
+
+
+def runs(
+  noise: str,
+  batch_size: int,
+  *,
+  epochs: int,
+  rates: Sequence[float],
+  seeds: int,
+) -> list[tables.Row]:
+  """Trials of a noise with seed 0, and the best of them seed by seed."""
+  fields, own, values = NOISES[noise]
+  start = text.Run(batch_size, epochs, rates[0], **fields)
+  tried: dict[text.Run, dict[str, Any]] = {}
+
+  def best_of(more: Iterable[text.Run]) -> text.Run:
+    tried.update({x: text.measure(x, seed=0, final=False) for x in more})
+    return max(tried, key=lambda run: tried[run]['accuracy'])
+
+  best = best_of(start._replace(rate=rate) for rate in rates)
+  changed: list[dict[str, Any]] = [{own: value} for value in values]
+  best = best_of(best._replace(**change) for change in changed)
+  rows = [text.measure(best, seed=seed, final=True) for seed in range(seeds)]
+  return [{'noise': noise, **row} for row in [*tried.values(), *rows]]
+
+
+def print_table(rows: Sequence[tables.Row]) -> None:
+  """Means and standard deviations over seeds, and differences seed by seed."""
+  groups: dict[tuple[Any, Any], list[tables.Row]] = {}
+  for row in rows:
+    if row['kind'] == 'final':
+      groups.setdefault((row['batch_size'], row['noise']), []).append(row)
+
+  def mean_of(numbers: Sequence[float], digits: int, *, is_error: bool) -> str:
+    mean = f'{statistics.fmean(numbers):{"+" if is_error else ""}.{digits}f}'
+    if len(numbers) == 1:
+      return mean
+    spread = statistics.stdev(numbers)
+    spread /= math.sqrt(len(numbers)) if is_error else 1
+    return f'{mean} ± {spread:.{digits}f}'
+
+  lines = []
+  for (batch_size, noise), group in groups.items():
+    own = NOISES[noise][1]
+    plain = {x['seed']: x for x in groups.get((batch_size, 'none'), [])}
+    gains = [
+      100 * (float(x['accuracy']) - float(plain[x['seed']]['accuracy']))
+      for x in group
+      if x['seed'] in plain
+    ]
+    lines.append(
+      {
+        'batch': f'{batch_size:,.0f}',
+        'noise': noise,
+        'rate': f'{group[0]["rate"]:g}',
+        'own number': f'{own} {group[0][own]:g}',
+        'seeds': f'{len(group)}',
+        'loss, trained on': mean_of(
+          [float(x['train_loss']) for x in group], 3, is_error=False
+        ),
+        'loss, held out': mean_of(
+          [float(x['loss']) for x in group], 3, is_error=False
+        ),
+        'accuracy, %': mean_of(
+          [100 * float(x['accuracy']) for x in group], 1, is_error=False
+        ),
+        'points over none, standard error': ''
+        if noise == 'none' or not gains
+        else mean_of(gains, 1, is_error=True),
+      }
+    )
+  tables.print_markdown(lines)
 
 
 def main(argv: list[str]) -> None:
-  """Prints a row for each epsilon."""
+  """Runs, prints, writes."""
   del argv
-  run = text.Run(
-    _BATCH.value, _EPOCHS.value, _RATE.value, _START.value, _ASCENT.value
-  )
-  print('| epsilon | loss, trained on | loss, held out | accuracy, held out |')
-  print('|---|---|---|---|')
-  for epsilon in _EPSILON.value:
-    print(text.row_of(run, epsilon=epsilon, seeds=_SEEDS.value), flush=True)
+  about = {
+    'command': ' '.join(['python -m reference.scala', *sys.argv[1:]]),
+    **record.describe_machine(jax.devices()),
+  }
+  rows: list[tables.Row] = []
+  for batch_size in _BATCH.value:
+    for noise in _NOISE.value:
+      rows += [
+        {**row, **about}
+        for row in runs(
+          noise,
+          int(batch_size),
+          epochs=_EPOCHS.value,
+          rates=[float(x) for x in _RATES.value],
+          seeds=_SEEDS.value,
+        )
+      ]
+      # What is done is kept when the rest is interrupted.
+      tables.write_csv(Path(_OUT.value), rows)
+  print_table(rows)
 
 
 if __name__ == '__main__':
+  _BATCH = flags.DEFINE_list('batch_size', ['128', '1024'], 'Lines a step.')
+  _NOISE = flags.DEFINE_list('noise', list(NOISES), 'Of the table.')
+  _RATES = flags.DEFINE_list(
+    'rates', ['0.005', '0.01', '0.02', '0.04'], "LAMB's peaks, each a trial."
+  )
+  _EPOCHS = flags.DEFINE_integer(
+    'epochs', 15, 'Passes over the lines.', lower_bound=1
+  )
+  _SEEDS = flags.DEFINE_integer(
+    'seeds', 3, 'How many runs of each.', lower_bound=1
+  )
+  _OUT = flags.DEFINE_string('out', 'runs/text/runs.csv', 'Receives the rows.')
   command.run(main)

@@ -6,6 +6,9 @@ References:
   <https://arxiv.org/abs/2201.12469>`_, 2022
 """
 
+import functools
+import itertools
+import math
 import os
 import re
 import zlib
@@ -40,12 +43,12 @@ LENGTH, WORDS, WIDTH = 16, 2048, 32
 Batch = dict[str, Any]
 
 
-def read_lines(seed: int) -> tuple[Batch, Batch]:
-  """Lines to train on, and a fifth that is held out.
+def read_lines(seed: int) -> tuple[Batch, Batch, Batch]:
+  """Lines to train on, a tenth to choose by, and a tenth to report.
 
   Returns:
-    Two batches: 'tokens', int32 (lines, LENGTH), 0 where a line has ended; and
-    'label', int32 (lines,), the module.
+    Three batches: 'tokens', int32 (lines, LENGTH), 0 where a line has ended;
+    and 'label', int32 (lines,), the module.
   """
   # A line of several modules says nothing of any.
   modules: dict[tuple[int, ...], set[int]] = {}
@@ -63,8 +66,13 @@ def read_lines(seed: int) -> tuple[Batch, Batch]:
     'label': np.array([min(modules[x]) for x in lines], np.int32),
   }
   order = np.random.default_rng(seed).permutation(len(lines))
-  held_out, train = np.split(order, [len(lines) // 5])
-  return rows_of(batch, train), rows_of(batch, held_out)
+  count = len(lines)
+  test, validation, train = np.split(order, [count // 10, count // 5])
+  return (
+    rows_of(batch, train),
+    rows_of(batch, validation),
+    rows_of(batch, test),
+  )
 
 
 def rows_of(batch: Batch, rows: np.ndarray) -> Batch:
@@ -75,6 +83,8 @@ def rows_of(batch: Batch, rows: np.ndarray) -> Batch:
 class Transformer(nn.Module):
   """A classifier, which knows nothing of noise."""
 
+  dropout: float = 0.1
+
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
     """Logits (lines, modules) of tokens (lines, LENGTH)."""
@@ -84,14 +94,16 @@ class Transformer(nn.Module):
     y = nn.MultiHeadDotProductAttention(4)(
       nn.LayerNorm()(x), mask=nn.make_attention_mask(is_word, is_word)
     )
-    x += nn.Dropout(0.1, deterministic=not train)(y)
-    y = nn.relu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
-    x += nn.Dropout(0.1, deterministic=not train)(nn.Dense(WIDTH)(y))
+    x += nn.Dropout(self.dropout, deterministic=not train)(y)
+    y = nn.Dense(WIDTH)(nn.relu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x))))
+    x += nn.Dropout(self.dropout, deterministic=not train)(y)
     x = jnp.mean(nn.LayerNorm()(x), axis=1, where=is_word[..., None])
     return nn.Dense(len(MODULES))(x)
 
 
-def logits_of(params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+def logits_of(
+  model: nn.Module, params: Any, batch: Batch, key: jax.Array | None
+) -> jax.Array:
   """The model's logits, with the batch's noise where there is any."""
 
   def add_noise(call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
@@ -102,7 +114,7 @@ def logits_of(params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
     return output
 
   with nn.intercept_methods(add_noise):
-    logits: Any = Transformer().apply(
+    logits: Any = model.apply(
       {'params': params},
       batch['tokens'],
       train=key is not None,
@@ -111,20 +123,24 @@ def logits_of(params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
   return logits
 
 
-def loss_fn(params: Any, batch: Batch, *, key: Any = None) -> jax.Array:
+def loss_fn(
+  model: nn.Module, params: Any, batch: Batch, *, key: Any = None
+) -> jax.Array:
   """The mean cross entropy; with a key the model drops out."""
   return jnp.mean(
     optax.softmax_cross_entropy_with_integer_labels(
-      logits_of(params, batch, key), batch['label']
+      logits_of(model, params, batch, key), batch['label']
     )
   )
 
 
-@jax.jit
-def evaluate(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(
+  model: nn.Module, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
   """Loss and accuracy."""
-  hits = jnp.argmax(logits_of(params, batch, None), axis=1) == batch['label']
-  return loss_fn(params, batch), jnp.mean(hits)
+  predicted = jnp.argmax(logits_of(model, params, batch, None), axis=1)
+  return loss_fn(model, params, batch), jnp.mean(predicted == batch['label'])
 
 
 def batches_of(data: Batch, size: int, seed: int) -> Iterator[Batch]:
@@ -144,39 +160,113 @@ NOISE = conadv.added_leaf(
 )
 
 
-def make_step(grad_fn: conadv.GradientFunction, tx: Any) -> Callable:
-  """A compiled step; nothing waits from one to the next."""
-
-  @jax.jit
-  def step(params: Any, opt_state: Any, batch: Batch, key: jax.Array) -> Any:
-    state = grad_fn.init(params, [])
-    _, grads, _ = grad_fn.value_and_grad(params, state, batch, key=key)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  return step
-
-
 class Run(NamedTuple):
-  """What all runs of a table have in common.
+  """What a run depends on, beside the seed.
 
   Attributes:
     batch_size: lines a step.
     epochs: passes over the lines.
     rate: LAMB's peak.
+    epsilon: radius of the noise of a line, in units of the embedding; 0 is no
+      noise.
     start: the share of the run before the noise sets in.
+    staleness: steps by which the noise is older than its batch's training.
     ascent: whether the noise climbs the loss; else it is drawn and left so.
+    dropout: of the model.
   """
 
   batch_size: int
   epochs: int
   rate: float
-  start: float
+  epsilon: float = 0.5
+  start: float = 0.3
+  staleness: int = 0
   ascent: bool = True
+  dropout: float = 0.1
 
 
-def train(data: Batch, run: Run, *, epsilon: float, seed: int) -> Any:
-  """Parameters after a run, without noise where `epsilon` is 0."""
+class Program(NamedTuple):
+  """The compiled functions of all runs that differ in seed and rate.
+
+  Attributes:
+    init: `(key, batch)` to parameters and the optimizer's state.
+    phases: what is trained by, one after the other.
+  """
+
+  init: Callable[..., Any]
+  phases: list['Phase']
+
+
+class Phase(NamedTuple):
+  """A part of a run.
+
+  Attributes:
+    staleness: how many batches `init` takes.
+    init: `(params, batches, key)` to the gradient's state.
+    step: `(params, opt_state, state, batch, key, rate)` to the next three.
+    numbers: of its steps.
+  """
+
+  staleness: int
+  init: Callable[..., Any]
+  step: Callable[..., Any]
+  numbers: range
+
+
+@functools.cache
+def make_program(run: Run, steps: int) -> Program:
+  """The program of a run of so many steps, whatever its rate."""
+  model = Transformer(dropout=run.dropout)
+  of_model = functools.partial(loss_fn, model)
+  attack = conadv.pgd(
+    run.epsilon, step_size=run.epsilon if run.ascent else 0.0, norm='l2'
+  )
+  noisy = conadv.wrap(
+    of_model, run.staleness, attack=attack, inputs=NOISE, has_key=True
+  )
+
+  def make_optimizer(rate: Any) -> optax.GradientTransformation:
+    # The schedule's own peak may not be traced.
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    return optax.chain(
+      optax.lamb(schedule, weight_decay=0.01), optax.scale(rate)
+    )
+
+  @jax.jit
+  def init(key: jax.Array, batch: Batch) -> Any:
+    params = model.init(key, batch['tokens'][:1], train=False)['params']
+    return params, make_optimizer(0.0).init(params)
+
+  def make_phase(grad_fn: conadv.GradientFunction, numbers: range) -> Phase:
+    def init(params: Any, first: list[Batch], key: Any) -> Any:
+      return grad_fn.init(params, first, key=key)
+
+    def step(
+      params: Any, opt_state: Any, state: Any, batch: Batch, key: Any, rate: Any
+    ) -> Any:
+      _, grads, state = grad_fn.value_and_grad(params, state, batch, key=key)
+      tx = make_optimizer(rate)
+      updates, opt_state = tx.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state, state
+
+    return Phase(grad_fn.staleness, jax.jit(init), jax.jit(step), numbers)
+
+  begin = math.ceil(run.start * steps) if run.epsilon else steps
+  return Program(
+    init,
+    [
+      make_phase(grad_fn, numbers)
+      for grad_fn, numbers in (
+        (conadv.plain(of_model, has_key=True), range(begin)),
+        (noisy, range(begin, steps)),
+      )
+      if numbers
+    ],
+  )
+
+
+def train(data: Batch, run: Run, *, seed: int) -> Any:
+  """Parameters after a run."""
   size = len(data['label'])
   if run.batch_size > size:
     raise command.Mistake(
@@ -184,39 +274,36 @@ def train(data: Batch, run: Run, *, epsilon: float, seed: int) -> Any:
       f'--batch_size={run.batch_size}. Write `--batch_size={size}` for all.'
     )
   steps = run.epochs * (size // run.batch_size)
-  tx = optax.lamb(
-    optax.warmup_cosine_decay_schedule(0.0, run.rate, steps // 10, steps),
-    weight_decay=0.01,
-  )
-  step_size = epsilon if run.ascent else 0.0
-  attack = conadv.pgd(epsilon, step_size=step_size, norm='l2')
-  plain = make_step(conadv.plain(loss_fn, has_key=True), tx)
-  noisy = make_step(
-    conadv.wrap(loss_fn, 0, attack=attack, inputs=NOISE, has_key=True), tx
-  )
+  program = make_program(run._replace(rate=0.0), steps)
   key = jax.random.key(seed)
-  params = Transformer().init(key, data['tokens'][:1], train=False)['params']
-  opt_state = tx.init(params)
   batches = batches_of(data, run.batch_size, seed)
-  for number in range(steps):
-    step = noisy if epsilon and number >= run.start * steps else plain
-    params, opt_state = step(
-      params, opt_state, next(batches), jax.random.fold_in(key, number)
-    )
+  params, opt_state = program.init(key, data)
+  for phase in program.phases:
+    first = list(itertools.islice(batches, phase.staleness))
+    state = phase.init(params, first, key)
+    for number in phase.numbers:
+      params, opt_state, state = phase.step(
+        params,
+        opt_state,
+        state,
+        next(batches),
+        jax.random.fold_in(key, number),
+        run.rate,
+      )
   return params
 
 
-def row_of(run: Run, *, epsilon: float, seeds: int) -> str:
-  """A row of the table: means over seeds, lowest and highest accuracy."""
-  results = []
-  for seed in range(seeds):
-    data, held_out = read_lines(seed)
-    params = train(data, run, epsilon=epsilon, seed=seed)
-    results.append([evaluate(params, data)[0], *evaluate(params, held_out)])
-  mean, low, high = (
-    summary(np.array(results), axis=0) for summary in (np.mean, np.min, np.max)
-  )
-  return (
-    f'| {epsilon} | {mean[0]:.3f} | {mean[1]:.3f} | '
-    f'{mean[2]:.1%} ({low[2]:.1%} to {high[2]:.1%}) |'
-  )
+def measure(run: Run, *, seed: int, final: bool) -> dict[str, Any]:
+  """A row of the table: a run, and what it knows of lines it has not seen."""
+  data, validation, test = read_lines(seed)
+  params = train(data, run, seed=seed)
+  model = Transformer()
+  loss, accuracy = evaluate(model, params, test if final else validation)
+  return {
+    'kind': 'final' if final else 'trial',
+    **run._asdict(),
+    'seed': seed,
+    'train_loss': float(evaluate(model, params, data)[0]),
+    'loss': float(loss),
+    'accuracy': float(accuracy),
+  }
