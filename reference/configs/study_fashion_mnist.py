@@ -96,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
         'evaluate_every': 20,  # epochs
         'robust_images': 1000,  # the first of the test images
         'robust_epsilon': 8.0,  # of 255 levels, PGD-20
-        'sharpness_seeds': 1,  # the largest Hessian eigenvalue, for so many
+        'sharpness_seeds': 1,  # Hessian and sharpness, for so many
         'at_once': 2,  # cells on a device
         'variants': (
           'vanilla',

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
-from conadv_optax import hessian
 from reference.command import Mistake
 from reference.data import augment, sources
 from reference.run import (
@@ -27,6 +25,7 @@ from reference.run import (
   step,
   train,
 )
+from reference.study import sharpness
 from reference.tools import predictions
 
 # Fields that a compiled step takes as numbers: cells that differ in these and
@@ -81,12 +80,12 @@ class Measures(NamedTuple):
   Attributes:
     evaluate: `(state, batches)` to the accuracy, as the main job counts it.
     attack: `(params, batch_stats, batch, key)` to the batch after PGD-20.
-    top_eigenvalue: `(params, batch_stats, batch)` to that of the Hessian.
+    sharpness: `(params, batch_stats, batch)` to columns.
   """
 
   evaluate: Callable[..., dict[str, float]]
   attack: Callable[..., step.Batch]
-  top_eigenvalue: Callable[..., jax.Array]
+  sharpness: Callable[..., dict[str, float]]
 
 
 def load(config: ml_collections.ConfigDict) -> Data:
@@ -273,22 +272,8 @@ def make_measures(
   adversary = predictions.Adversary(config.study.robust_epsilon / 255, 20)
   attack = jax.jit(predictions.attack(config, model, adversary))
 
-  @jax.jit
-  def top_eigenvalue(
-    params: Any, batch_stats: Any, batch: step.Batch
-  ) -> jax.Array:
-    # As one array: what Lanczos does to a vector is compiled for every leaf.
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    matvec = hessian.operator(
-      lambda flat, batch: loss_fn(unravel(flat), batch_stats, batch),
-      flat,
-      batch,
-    )
-    pairs = hessian.top_eigenpairs(matvec, flat, 1, key=jax.random.key(0))
-    return pairs.values[0]
-
   evaluate = evaluation.make_evaluation(model, config, lambda batch: batch)
-  return Measures(evaluate, attack, top_eigenvalue)
+  return Measures(evaluate, attack, sharpness.make_sharpness(loss_fn))
 
 
 def run(
@@ -394,7 +379,5 @@ def _measure(
     row['robust_images'] = result['held_out_images']
   if config.seed < config.study.sharpness_seeds:
     batch = jax.device_put(batches_of(data.train)[0], place)
-    row['top_eigenvalue'] = float(
-      measures.top_eigenvalue(params, batch_stats, batch)
-    )
+    row |= measures.sharpness(params, batch_stats, batch)
   return row

@@ -140,7 +140,8 @@ def more_trials(
   return [
     cell._replace(setting=f'{field}={value}')
     for cell in best(config, accuracies)
-    if cell.variant in config.study.settings
+    # Where there was nothing to choose, there is not now.
+    if cell in accuracies and cell.variant in config.study.settings
     for field, *values in [config.study.settings[cell.variant]]
     for value in values
   ]
@@ -286,7 +287,12 @@ def run(
 
   tried = trials(config)
   total = sum(
-    len(x) for x in (tried, more_trials(config, {}), finals(config, {}))
+    len(x)
+    for x in (
+      tried,
+      more_trials(config, dict.fromkeys(tried, 0.0)),
+      finals(config, {}),
+    )
   )
   with tqdm.tqdm(total=total, unit='cell', dynamic_ncols=True) as bar:
     accuracies = try_all(tried)

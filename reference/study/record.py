@@ -43,6 +43,8 @@ FIELDS = (
   'robust_accuracy',
   'robust_images',
   'top_eigenvalue',
+  'hessian_trace',
+  'sharpness',
   'loss_main',
   'loss_adversarial',
   'noise_scale',

@@ -194,6 +194,27 @@ def price_table(groups: results.Groups, batch_size: int) -> str:
   )
 
 
+def sharpness_table(groups: results.Groups) -> str:
+  """A line for each variant and batch size that has measures of sharpness."""
+  return table(
+    ('variant', 'batch', 'peak', 'n', 'test, %', 'eigenvalue', 'trace', 'rise'),
+    [
+      (
+        f'`{variant}`',
+        f'{batch_size:,}',
+        results.chosen(rows[0]),
+        f'{len(results.values(rows, "hessian_trace"))}',
+        mean_text(results.values(rows, 'accuracy'), 100, 2),
+        mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
+        mean_text(results.values(rows, 'hessian_trace'), 1, 0),
+        mean_text(results.values(rows, 'sharpness'), 1, 3),
+      )
+      for (variant, batch_size), rows in groups.items()
+      if results.values(rows, 'hessian_trace')
+    ],
+  )
+
+
 def trial_table(rows: Iterable[results.Row]) -> str:
   """Validation accuracy of every peak that was tried."""
   tried: dict[results.Group, list[str]] = {}
@@ -255,7 +276,10 @@ def report(rows: Sequence[results.Row]) -> str:
     for name, found in results.effects(groups).items():
       if len(found) > 1:
         parts += [f'### Effect of {name}', effect_table(found)]
-  parts += ['### Trials', trial_table(rows)]
+  if any('hessian_trace' in row for row in rows):
+    parts += ['### Sharpness', sharpness_table(groups)]
+  if any(row['kind'] == 'trial' for row in rows):
+    parts += ['### Trials', trial_table(rows)]
   return '\n\n'.join(parts)
 
 

@@ -261,6 +261,24 @@ def test_a_row_names_the_number_that_was_tuned(rows):
   assert '2: 12.50, 16, radius=0.2: 87.50' in line
 
 
+def test_sharpness_is_shown_of_the_rows_that_have_it(rows):
+  assert '### Sharpness' not in report.report(rows)
+  values = {'top_eigenvalue': [100.0, 102.0], 'sharpness': [0.25, 0.75]}
+  for row in rows:
+    if (
+      row['variant'] == 'conadv' and row['seed'] < 2 and row['kind'] == 'final'
+    ):
+      row['hessian_trace'] = 500.0
+      row |= {name: x[int(row['seed'])] for name, x in values.items()}
+  text = report.sharpness_table(results.finals(rows))
+  assert len(text.splitlines()) == 2 + len(SIZES)
+  line = line_of(text, '| `conadv`', '750', '2')
+  assert cell_of(text, line, 'trace') == '500\xa0±\xa00'
+  assert cell_of(text, line, 'eigenvalue') == '101.0\xa0±\xa01.4'
+  assert cell_of(text, line, 'rise') == '0.500\xa0±\xa00.354'
+  assert text in report.report(rows)
+
+
 def test_two_rows_of_a_seed_are_refused(rows):
   with pytest.raises(ValueError) as error:
     results.finals([*rows, rows[-1]])
