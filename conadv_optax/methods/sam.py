@@ -144,7 +144,10 @@ def sam(
     radius: :math:`\rho`, how far the second gradient is taken. For a schedule
       call `sam` where the step is compiled, with `radius=schedule(count)`.
     every: :math:`k`, the steps from one second gradient to the next, static.
-    reuse_weight: :math:`\alpha`, how much of the kept part is used between.
+    reuse_weight: :math:`\alpha`, how long the reused part is beside the
+      gradient, whatever its own length was. The paper has 0.7. Where
+      :math:`\|g_v\|` is a tenth of :math:`\|g\|`, say, this can keep a model
+      from training at all, and 0.1 is a better start.
     penalty: :math:`a`, from 0 to 1, the share of the second gradient.
     adaptive: 'layer', 'element', or None.
     mask: :math:`m`, a tree of bools, or of arrays of bools, like the parameters
