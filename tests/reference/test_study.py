@@ -298,7 +298,13 @@ def test_a_single_peak_needs_no_trial():
 
 @pytest.mark.parametrize(
   'name',
-  ['study_fashion_mnist', 'study_price', 'study_methods', 'study_cifar10'],
+  [
+    'study_fashion_mnist',
+    'study_price',
+    'study_methods',
+    'study_augmentation',
+    'study_cifar10',
+  ],
 )
 def test_every_variant_of_the_grids_can_be_made(name):
   config = importlib.import_module(f'reference.configs.{name}').get_config()
