@@ -174,6 +174,22 @@ def finals(
   ]
 
 
+def attack_columns(config: ml_collections.ConfigDict) -> record.Row:
+  """What the row of a cell says of its attack."""
+  if config.method == 'fast_advprop':
+    own = config.methods.fast_advprop
+    return {
+      'epsilon': own.epsilon,
+      'targets': 'none',
+      'adversarial_fraction': own.adversarial_fraction,
+    }
+  return {
+    'epsilon': config.attack.epsilon,
+    'targets': config.methods.conadv.targets,
+    'adversarial_fraction': config.methods.conadv.adversarial_fraction,
+  }
+
+
 def run(
   config: ml_collections.ConfigDict, workdir: Path, *, command: str
 ) -> list[record.Row]:
@@ -241,9 +257,7 @@ def run(
       'kind': 'final' if cell.final else 'trial',
       **cell._asdict(),
       'method': of_cell.method,
-      'epsilon': of_cell.attack.epsilon,
-      'targets': of_cell.methods.conadv.targets,
-      'adversarial_fraction': of_cell.methods.conadv.adversarial_fraction,
+      **attack_columns(of_cell),
       'every': of_cell.methods.conadv.every,
       'adversarial_downscale': of_cell.methods.conadv.adversarial_downscale,
       'attack_downscale': of_cell.methods.conadv.attack_downscale,

@@ -290,6 +290,24 @@ def test_a_number_of_its_own_is_tried_at_the_best_peak(
     assert not ran
 
 
+def test_a_row_has_the_numbers_of_its_own_attack():
+  config = make_config(method='conadv')
+  config.methods.fast_advprop.epsilon = 2.0
+  config.methods.conadv.adversarial_fraction = 0.5
+  found = grid.attack_columns(config)
+  assert found == {
+    'epsilon': 8.0,
+    'targets': 'random',
+    'adversarial_fraction': 0.5,
+  }
+  config.method = 'fast_advprop'
+  assert grid.attack_columns(config) == {
+    'epsilon': 2.0,
+    'targets': 'none',
+    'adversarial_fraction': 0.2,
+  }
+
+
 def test_a_single_peak_needs_no_trial():
   config = make_config(**{'study.peaks': ((8.0,),)})
   assert grid.trials(config) == []

@@ -189,7 +189,10 @@ def test_a_price_is_the_passes_of_a_step(rows):
     # One attack, and both branches at two points.
     (conadv | {'method': 'conadv_sam'}, 2 * (3 + 3) + 2),
     # Four fifths clean; a fifth adversarial, and trained on before, too.
-    (plain | {'method': 'fast_advprop'}, 4 / 5 * 3 + 1 / 5 * (3 + 3)),
+    (
+      plain | {'method': 'fast_advprop', 'adversarial_fraction': 0.2},
+      4 / 5 * 3 + 1 / 5 * (3 + 3),
+    ),
   ):
     np.testing.assert_allclose(results.price(row), thirds / 3)
 
