@@ -75,6 +75,22 @@ def test_eight_micro_batches_are_eight_devices():
   assert_close(*results, atol=1e-3)
 
 
+@pytest.mark.parametrize('parts', [16, 32])
+def test_few_micro_batches_on_a_cpu_are_no_loop(parts):
+  config = tiny('vanilla', batch_size=32, accumulate=parts)
+  grad_fn = methods.make_gradient(Small(), config, make_mesh(1))
+  batch = make_batch(0, 32)
+  variables = Small().init(jax.random.key(0), normalized(batch), train=False)
+  params, stats = variables['params'], variables['batch_stats']
+  state = grad_fn.init(params, [], model_state=stats)
+  text = (
+    jax.jit(grad_fn.value_and_grad)
+    .lower(params, state, batch, model_state=stats, key=jax.random.key(0))
+    .as_text()
+  )
+  assert ('stablehlo.while' in text) == (parts > 16)
+
+
 @functools.cache
 def with_lars(method):
   """With four groups of ten images, and the optimizer of a run."""
