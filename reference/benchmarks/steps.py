@@ -352,6 +352,19 @@ def plain_on_devices(
   )
 
 
+def fast_advprop(
+  loss_fn: Any, mesh: Mesh, *, adversarial_fraction: float = 0.2
+) -> conadv.GradientFunction:
+  """A part of the batch attacked, by a gradient that trains too."""
+  del mesh
+  return conadv.fast_advprop(
+    loss_fn,
+    attack=scoped(conadv.fgsm(EPSILON)),
+    adversarial_fraction=adversarial_fraction,
+    has_state=True,
+  )
+
+
 def plain_in_parts(
   loss_fn: Any, mesh: Mesh, *, unroll: bool = False
 ) -> conadv.GradientFunction:
@@ -427,12 +440,9 @@ ROWS = {
       branched=False,
     )
   ),
-  'fast_advprop': Row(
-    of(
-      lambda loss_fn, _: conadv.fast_advprop(
-        loss_fn, attack=conadv.fgsm(EPSILON), has_state=True
-      )
-    )
+  'fast_advprop': Row(of(fast_advprop)),
+  'fast_advprop fraction 0.35': Row(
+    of(functools.partial(fast_advprop, adversarial_fraction=0.35))
   ),
   'accumulate': Row(of(plain_in_parts, branched=False)),
   'accumulate unrolled': Row(

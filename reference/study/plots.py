@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from reference.study import results
 from reference.tools import pages
 
-# Points of accuracy below the best, in the figure of time.
-_SHOWN = 12.0
+# Points of accuracy below the best that a figure shows.
+_SHOWN_OVER_TIME, _SHOWN_OVER_PRICE = 12.0, 3.0
 
 
 def _points(rows: Sequence[results.Row]) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def time(figure: Any, groups: results.Groups) -> None:
     axes.set_xlabel('seconds of training')
   low, high = figure.axes[0].get_ylim()
   # What is far below is the warm-up, and would hide the differences.
-  figure.axes[0].set_ylim(max(low, high - _SHOWN), high)
+  figure.axes[0].set_ylim(max(low, high - _SHOWN_OVER_TIME), high)
   figure.axes[0].set_ylabel('test accuracy (%)')
   figure.axes[-1].legend(
     frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5)
@@ -128,6 +128,10 @@ def price(
         capsize=2,
       )
     axes.set_xlabel(f'{measure} / plain')
+  means = [_points(rows)[0] for rows in groups.values()]
+  low, _ = panels[0].get_ylim()
+  best = max(means)
+  panels[0].set_ylim(max(low, best - _SHOWN_OVER_PRICE), best + 0.5)
   panels[0].set_ylabel('test accuracy (%), with standard error')
   panels[0].figure.legend(
     *panels[0].get_legend_handles_labels(),

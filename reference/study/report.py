@@ -41,6 +41,17 @@ COMPARISONS = (
   ('augmentation', 'vanilla', 'augmentation against vanilla'),
   ('conadv_augmentation', 'augmentation', 'ConAdv on top of augmentation'),
   ('batch_augment', 'vanilla', 'batch augmentation against vanilla'),
+  ('fast_advprop', 'vanilla', 'Fast AdvProp against vanilla'),
+  (
+    'fast_advprop_35',
+    'conadv',
+    'Fast AdvProp on 0.35 of each batch against ConAdv',
+  ),
+  (
+    'fast_advprop_50',
+    'conadv',
+    'Fast AdvProp on half of each batch against ConAdv',
+  ),
   ('sam', 'vanilla', 'SAM against vanilla'),
   ('vrgd', 'vanilla', 'VRGD against vanilla'),
   ('micro_batches', 'vanilla', 'micro-batches against vanilla'),

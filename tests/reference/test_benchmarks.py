@@ -129,6 +129,8 @@ def test_flops_are_those_of_the_passes(cost):
     'sam': 2 * train,
     'extrapolate': train,
     'fast_advprop': (1 - part) * train + part * (train_and_inputs + train),
+    'fast_advprop fraction 0.35': 0.65 * train
+    + 0.35 * (train_and_inputs + train),
     # A loop counts once.
     'accumulate': train / 4,
     'accumulate unrolled': train,
