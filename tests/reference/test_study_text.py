@@ -77,7 +77,7 @@ def test_noise_sets_in_after_its_share_of_the_run(lines, monkeypatch):
   data = text.rows_of(lines[0], np.arange(64))
   run = text.Run(batch_size=32, epochs=3, rate=0.02)
   with jax.numpy_dtype_promotion('standard'):
-    plain, never, half, drawn, stale = (
+    plain, never, half, drawn, stale, still, tiny = (
       text.train(data, run._replace(**fields), seed=0)
       for fields in (
         {'epsilon': 0.0},
@@ -86,10 +86,14 @@ def test_noise_sets_in_after_its_share_of_the_run(lines, monkeypatch):
         {'start': 0.5, 'ascent': False},
         # Its first batch waits, and is not trained on before.
         {'start': 0.5, 'staleness': 1},
+        {'epsilon': 0.0, 'dropout': 0.0},
+        {'start': 0.5, 'epsilon': 1e-6, 'dropout': 0.0},
       )
     )
   text.make_program.cache_clear()
   chex.assert_trees_all_equal(never, plain)
+  # As many steps, whoever takes them.
+  chex.assert_trees_all_close(tiny, still, atol=1e-3)
   words = [x['words']['embedding'] for x in (half, plain, drawn, stale)]
   for other in words[1:]:
     assert np.abs(words[0] - other).max() > 1e-4
