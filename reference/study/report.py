@@ -218,7 +218,7 @@ def sharpness_table(groups: results.Groups) -> str:
         mean_text(results.values(rows, 'accuracy'), 100, 2),
         mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
         mean_text(results.values(rows, 'hessian_trace'), 1, 0),
-        mean_text(results.values(rows, 'sharpness'), 1, 3),
+        f'{statistics.fmean(results.values(rows, "sharpness")):.2g}',
       )
       for (variant, batch_size), rows in groups.items()
       if results.values(rows, 'hessian_trace')

@@ -27,6 +27,12 @@ def test_the_tables_of_a_study(path):
     assert table in PAGE
 
 
+def test_the_tables_of_sharpness():
+  groups = results.finals(results.read(DOCS / 'sharpness.csv'))
+  assert report.sharpness_table(groups) in PAGE
+  assert report.comparison_table(groups) in PAGE
+
+
 def test_the_table_of_the_reused_gradient(capsys):
   reused_loss.print_table(read_csv(DOCS / 'reused_loss.csv'))
   [table] = tables(capsys.readouterr().out)
