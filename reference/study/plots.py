@@ -89,9 +89,10 @@ def time(figure: Any, groups: results.Groups) -> None:
       )
     axes.set_title(f'batch {size:,}', fontsize=10)
     axes.set_xlabel('seconds of training')
-  low, high = figure.axes[0].get_ylim()
+  low, _ = figure.axes[0].get_ylim()
+  best = max(max(x.get_ydata()) for axes in figure.axes for x in axes.lines)
   # What is far below is the warm-up, and would hide the differences.
-  figure.axes[0].set_ylim(max(low, high - _SHOWN_OVER_TIME), high)
+  figure.axes[0].set_ylim(max(low, best - _SHOWN_OVER_TIME), best + 0.5)
   figure.axes[0].set_ylabel('test accuracy (%)')
   figure.axes[-1].legend(
     frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5)

@@ -323,7 +323,9 @@ def draw(
   sizes = sorted({size for _, size in groups})
   if len(sizes) > 1:
     save('accuracy', plots.accuracy, groups, width=7.5)
-  save('time', plots.time, groups, width=9.5)
+  # A line of the legend is a fifth of an inch high.
+  height = max(3.6, 0.2 * len({variant for variant, _ in groups}))
+  save('time', plots.time, groups, width=9.5, height=height)
   if results.has_prices(groups):
     variants = results.priced(groups, sizes[-1])
     measures = {
