@@ -98,7 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.study.overrides = {
       **{name: over for name, (over, _) in grid.items()},
       # LEGW: a batch of 500 has ten times the warm-up of 'short_warmup' at 50,
-      # which is that of all others, and sqrt(10) times its peak.
-      'legw': {},
+      # which is that of all others, sqrt(10) times its peak, and its decay.
+      'legw': {'lars': {'weight_decay': 2e-3}},
     }
   return config

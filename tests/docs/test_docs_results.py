@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from reference import scala
 from reference.study import report, results, reused_loss
 from reference.tools.tables import read_csv
 
@@ -37,3 +38,9 @@ def test_the_table_of_the_reused_gradient(capsys):
   reused_loss.print_table(read_csv(DOCS / 'reused_loss.csv'))
   [table] = tables(capsys.readouterr().out)
   assert table in PAGE
+
+
+def test_the_table_of_text(capsys):
+  scala.print_table(read_csv(DOCS / 'text_runs.csv'))
+  [table] = tables(capsys.readouterr().out)
+  assert table in (DOCS / 'text.md').read_text()
