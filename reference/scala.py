@@ -12,7 +12,6 @@ References:
   <https://arxiv.org/abs/2201.12469>`_, 2022
 """
 
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ import jax
 from absl import flags
 
 from reference import command
-from reference.study import record, text
+from reference.study import record, results, text
 from reference.tools import tables
 
 # What differs from the defaults of a run; and a number of its own, with other
@@ -68,23 +67,20 @@ def print_table(rows: Sequence[tables.Row]) -> None:
     if row['kind'] == 'final':
       groups.setdefault((row['batch_size'], row['noise']), []).append(row)
 
-  def mean_of(numbers: Sequence[float], digits: int, *, is_error: bool) -> str:
-    mean = f'{statistics.fmean(numbers):{"+" if is_error else ""}.{digits}f}'
-    if len(numbers) == 1:
-      return mean
-    spread = statistics.stdev(numbers)
-    spread /= math.sqrt(len(numbers)) if is_error else 1
-    return f'{mean} ± {spread:.{digits}f}'
+  def mean_of(group: Sequence[tables.Row], column: str, digits: int) -> str:
+    scale = 100 if column == 'accuracy' else 1
+    return tables.mean_text([scale * float(x[column]) for x in group], digits)
 
   lines = []
   for (batch_size, noise), group in groups.items():
     own = NOISES[noise][1]
-    plain = {x['seed']: x for x in groups.get((batch_size, 'none'), [])}
-    gains = [
-      100 * (float(x['accuracy']) - float(plain[x['seed']]['accuracy']))
-      for x in group
-      if x['seed'] in plain
-    ]
+    plain = groups.get((batch_size, 'none'), [])
+    gains = [100 * x for x in results.differences(group, plain)]
+    gain = ''
+    if noise != 'none' and gains:
+      gain = f'{statistics.fmean(gains):+.1f}'
+      if len(gains) > 1:
+        gain += f' ± {tables.standard_error(gains):.1f}'
     lines.append(
       {
         'batch': f'{batch_size:,.0f}',
@@ -92,18 +88,10 @@ def print_table(rows: Sequence[tables.Row]) -> None:
         'rate': f'{group[0]["rate"]:g}',
         'own number': f'{own} {group[0][own]:g}',
         'seeds': f'{len(group)}',
-        'loss, trained on': mean_of(
-          [float(x['train_loss']) for x in group], 3, is_error=False
-        ),
-        'loss, held out': mean_of(
-          [float(x['loss']) for x in group], 3, is_error=False
-        ),
-        'accuracy, %': mean_of(
-          [100 * float(x['accuracy']) for x in group], 1, is_error=False
-        ),
-        'points over none, standard error': ''
-        if noise == 'none' or not gains
-        else mean_of(gains, 1, is_error=True),
+        'loss, trained on': mean_of(group, 'train_loss', 3),
+        'loss, held out': mean_of(group, 'loss', 3),
+        'accuracy, %': mean_of(group, 'accuracy', 1),
+        'points over none, standard error': gain,
       }
     )
   tables.print_markdown(lines)

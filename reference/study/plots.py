@@ -24,10 +24,16 @@ def _colors(names: Sequence[str]) -> dict[str, Any]:
   return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
+def _show_near(axes: Any, best: float, points: float) -> None:
+  """Leaves out what is far below the best, and would hide the differences."""
+  low, _ = axes.get_ylim()
+  axes.set_ylim(max(low, best - points), best + 0.5)
+
+
 def accuracy(figure: Any, groups: results.Groups) -> None:
   """Test accuracy over batch size, a line for each variant."""
   axes = figure.subplots()
-  sizes = sorted({size for _, size in groups})
+  sizes = results.batch_sizes(groups)
   everywhere = [
     name
     for name in dict.fromkeys(variant for variant, _ in groups)
@@ -54,7 +60,7 @@ def accuracy(figure: Any, groups: results.Groups) -> None:
 
 def time(figure: Any, groups: results.Groups) -> None:
   """Mean test accuracy over seconds of training, at each batch size."""
-  sizes = sorted({size for _, size in groups})
+  sizes = results.batch_sizes(groups)
   names = list(dict.fromkeys(name for name, size in groups if size == sizes[0]))
   colors = _colors(names)
   for axes, size in zip(
@@ -89,10 +95,9 @@ def time(figure: Any, groups: results.Groups) -> None:
       )
     axes.set_title(f'batch {size:,}', fontsize=10)
     axes.set_xlabel('seconds of training')
-  low, _ = figure.axes[0].get_ylim()
   best = max(max(x.get_ydata()) for axes in figure.axes for x in axes.lines)
-  # What is far below is the warm-up, and would hide the differences.
-  figure.axes[0].set_ylim(max(low, best - _SHOWN_OVER_TIME), best + 0.5)
+  # What is far below is the warm-up.
+  _show_near(figure.axes[0], best, _SHOWN_OVER_TIME)
   figure.axes[0].set_ylabel('test accuracy (%)')
   figure.axes[-1].legend(
     frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5)
@@ -129,10 +134,8 @@ def price(
         capsize=2,
       )
     axes.set_xlabel(f'{measure} / plain')
-  means = [_points(rows)[0] for rows in groups.values()]
-  low, _ = panels[0].get_ylim()
-  best = max(means)
-  panels[0].set_ylim(max(low, best - _SHOWN_OVER_PRICE), best + 0.5)
+  best = max(_points(rows)[0] for rows in groups.values())
+  _show_near(panels[0], best, _SHOWN_OVER_PRICE)
   panels[0].set_ylabel('test accuracy (%), with standard error')
   panels[0].figure.legend(
     *panels[0].get_legend_handles_labels(),

@@ -6,7 +6,6 @@ prints Markdown and draws into the folder. Differences are between runs of the
 same seed, which see the same images in the same order from the same parameters.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from absl import flags
 
 from reference import command
 from reference.study import plots, results
-from reference.tools import pages
+from reference.tools import pages, tables
 
 # What a variant is compared with, and what the comparison is about.
 COMPARISONS = (
@@ -70,19 +69,15 @@ def mean_text(numbers: Sequence[float], scale: float, digits: int) -> str:
   """Mean and sample standard deviation, as 87.42 ± 0.15 on one line."""
   if not numbers:
     return ''
-  mean = f'{scale * statistics.fmean(numbers):.{digits}f}'
-  if len(numbers) == 1:
-    return mean
-  spread = f'{scale * statistics.stdev(numbers):.{digits}f}'
-  return f'{mean}{_NO_BREAK}±{_NO_BREAK}{spread}'
+  text = tables.mean_text([scale * x for x in numbers], digits)
+  return text.replace(' ', _NO_BREAK)
 
 
 def error_text(differences: Sequence[float]) -> str:
   """The standard error of their mean, in points."""
   if len(differences) < 2:
     return ''
-  error = statistics.stdev(differences) / math.sqrt(len(differences))
-  return f'{100 * error:.2f}'
+  return f'{100 * tables.standard_error(differences):.2f}'
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -140,7 +135,7 @@ def accuracy_table(groups: results.Groups, batch_size: int) -> str:
 def comparison_table(groups: results.Groups) -> str:
   """The claims: differences of test accuracy and their spread."""
   lines = []
-  for batch_size in sorted({size for _, size in groups}):
+  for batch_size in results.batch_sizes(groups):
     for first, second, claim in COMPARISONS:
       found = results.differences(
         groups.get((first, batch_size), []),
@@ -276,12 +271,13 @@ def report(rows: Sequence[results.Row]) -> str:
   """All tables, as Markdown."""
   groups = results.finals(rows)
   parts = []
-  for batch_size in sorted({size for _, size in groups}):
+  sizes = results.batch_sizes(groups)
+  for batch_size in sizes:
     parts += [f'### Batch {batch_size:,}', accuracy_table(groups, batch_size)]
   parts += ['### Differences', comparison_table(groups)]
   if groups:
     if results.has_prices(groups):
-      for batch_size in sorted({size for _, size in groups}):
+      for batch_size in sizes:
         heading = f'### Price, batch {batch_size:,}'
         parts += [heading, price_table(groups, batch_size)]
     for name, found in results.effects(groups).items():
@@ -320,7 +316,7 @@ def draw(
   ) -> None:
     pages.save(folder / f'{name}_{what}', draw, *args, size=(width, height))
 
-  sizes = sorted({size for _, size in groups})
+  sizes = results.batch_sizes(groups)
   if len(sizes) > 1:
     save('accuracy', plots.accuracy, groups, width=7.5)
   # A line of the legend is a fifth of an inch high.

@@ -111,6 +111,11 @@ def finals(rows: Iterable[Row]) -> Groups:
   return groups
 
 
+def batch_sizes(groups: Groups) -> list[int]:
+  """All of a study, in order."""
+  return sorted({size for _, size in groups})
+
+
 def values(rows: Iterable[Row], name: str) -> list[float]:
   """A column of the rows that have it."""
   return [row[name] for row in rows if name in row]

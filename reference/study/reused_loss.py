@@ -166,9 +166,7 @@ def print_table(rows: Sequence[tables.Row]) -> None:
     }
     for when in whens:
       values = [float(row[when]) for row in group]
-      line[when] = f'{statistics.fmean(values):.3f}'
-      if len(values) > 1:
-        line[when] += f' ± {statistics.stdev(values):.3f}'
+      line[when] = tables.mean_text(values, 3)
     lines.append(line)
   tables.print_markdown(lines)
 

@@ -24,6 +24,11 @@ def make_sharpness(
   loss can rise in a small ball.
   """
 
+  def of_flat(
+    unravel: Callable[[jax.Array], Any], batch_stats: Any
+  ) -> Callable[[jax.Array, objective.Batch], jax.Array]:
+    return lambda flat, batch: loss_fn(unravel(flat), batch_stats, batch)
+
   def product(
     flat: jax.Array,
     vector: jax.Array,
@@ -31,11 +36,7 @@ def make_sharpness(
     batch_stats: Any,
     batch: objective.Batch,
   ) -> jax.Array:
-    return hessian.operator(
-      lambda flat, batch: loss_fn(unravel(flat), batch_stats, batch),
-      flat,
-      batch,
-    )(vector)
+    return hessian.operator(of_flat(unravel, batch_stats), flat, batch)(vector)
 
   compiled = jax.jit(product, static_argnums=2)
 
@@ -55,7 +56,7 @@ def make_sharpness(
       pairs = hessian.top_eigenpairs(matvec, flat, 1, key=key)
       trace = hessian.trace(matvec, flat, key=key)
       rise = conadv.sharpness(
-        lambda flat, batch: loss_fn(unravel(flat), batch_stats, batch),
+        of_flat(unravel, batch_stats),
         flat,
         batch,
         RADIUS * optax.tree.norm(flat),

@@ -185,18 +185,6 @@ class Run(NamedTuple):
   dropout: float = 0.1
 
 
-class Program(NamedTuple):
-  """The compiled functions of all runs that differ in seed and rate.
-
-  Attributes:
-    init: `(key, batch)` to parameters and the optimizer's state.
-    phases: what is trained by, one after the other.
-  """
-
-  init: Callable[..., Any]
-  phases: list['Phase']
-
-
 class Phase(NamedTuple):
   """A part of a run.
 
@@ -211,6 +199,18 @@ class Phase(NamedTuple):
   init: Callable[..., Any]
   step: Callable[..., Any]
   numbers: range
+
+
+class Program(NamedTuple):
+  """The compiled functions of all runs that differ in seed and rate.
+
+  Attributes:
+    init: `(key, batch)` to parameters and the optimizer's state.
+    phases: what is trained by, one after the other.
+  """
+
+  init: Callable[..., Any]
+  phases: list[Phase]
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """Tables, as CSV and as Markdown."""
 
 import csv
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,19 @@ def print_markdown(rows: Sequence[Mapping[str, str]]) -> None:
     print(f'| {" | ".join(names)} |\n|{"---|" * len(names)}')
   for row in rows:
     print(f'| {" | ".join(row[name] for name in names)} |')
+
+
+def mean_text(numbers: Sequence[float], digits: int) -> str:
+  """Mean and sample standard deviation, as 87.42 ± 0.15; of one, itself."""
+  mean = f'{statistics.fmean(numbers):.{digits}f}'
+  if len(numbers) == 1:
+    return mean
+  return f'{mean} ± {statistics.stdev(numbers):.{digits}f}'
+
+
+def standard_error(numbers: Sequence[float]) -> float:
+  """That of the mean of two or more."""
+  return statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -328,7 +328,10 @@ def test_every_variant_of_the_grids_can_be_made(name):
   config = importlib.import_module(f'reference.configs.{name}').get_config()
   assert config.name == name
   variants = {*config.study.variants, *config.study.ablations}
-  assert variants == set(config.study.overrides) - {'legw'}
+  if name == 'study_methods':
+    # Reached by a command of its own, once its peak is known.
+    variants.add('legw')
+  assert variants == set(config.study.overrides)
   assert set(config.study.ablations.values()) <= set(config.study.variants)
   assert len(config.study.peaks) == len(config.study.batch_sizes)
   assert len({len(peaks) for peaks in config.study.peaks}) == 1
