@@ -9,6 +9,7 @@ not run again: after a stop or a kill the same command goes on.
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import queue
@@ -190,6 +191,63 @@ def attack_columns(config: ml_collections.ConfigDict) -> record.Row:
   }
 
 
+def row_of(
+  config: ml_collections.ConfigDict, cell: Cell, result: record.Row
+) -> record.Row:
+  """The row of a cell, but for where it ran: what it is, and what came out."""
+  of_cell = cell_config(config, cell)
+  conadv = of_cell.methods.conadv
+  row = {
+    'cell': identify(config, cell),
+    'study': config.name,
+    'kind': 'final' if cell.final else 'trial',
+    **cell._asdict(),
+    'method': of_cell.method,
+    **attack_columns(of_cell),
+    'every': conadv.every,
+    'adversarial_downscale': conadv.adversarial_downscale,
+    'attack_downscale': conadv.attack_downscale,
+    'dtype': of_cell.model.get('dtype', ''),
+    'copies': run_methods.copies(of_cell),
+    'micro_batches': of_cell.accumulate,
+    'augmentation': of_cell.data.crop,
+    'epochs': of_cell.epochs,
+    **result,
+  }
+  del row['final']
+  return row
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+  """The compiled programs of a study, each made by the first that asks."""
+
+  data: study_cell.Data
+  found: dict[Any, Future[study_cell.Program]] = dataclasses.field(
+    default_factory=dict
+  )
+  asking: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+  def of(
+    self, config: ml_collections.ConfigDict, device: jax.Device
+  ) -> study_cell.Program:
+    static = tuple(
+      (name, str(value))
+      for name, value in checkpoint.fields(config).items()
+      if name not in ('seed', *study_cell.TRACED)
+    )
+    with self.asking:
+      is_first = (static, device) not in self.found
+      program = self.found.setdefault((static, device), Future())
+    # Others go on meanwhile, and compile programs of their own.
+    if is_first:
+      try:
+        program.set_result(study_cell.make_program(config, self.data, device))
+      except BaseException as error:
+        program.set_exception(error)
+    return program.result()
+
+
 def run(
   config: ml_collections.ConfigDict, workdir: Path, *, command: str
 ) -> list[record.Row]:
@@ -210,33 +268,16 @@ def run(
   data = study_cell.load(config)
   measures = study_cell.make_measures(config, data.num_classes)
   devices = jax.devices()
-  about = {'command': command, **record.describe_machine(devices)}
-  programs: dict[Any, Future[study_cell.Program]] = {}
-  asking, writing = threading.Lock(), threading.Lock()
+  about = {
+    'train_images': len(data.train.labels),
+    'command': command,
+    **record.describe_machine(devices),
+  }
+  programs, writing = _Programs(data), threading.Lock()
   free: queue.SimpleQueue[jax.Device] = queue.SimpleQueue()
   for _ in range(config.study.at_once):
     for device in devices:
       free.put(device)
-
-  def program_of(
-    config: ml_collections.ConfigDict, device: jax.Device
-  ) -> study_cell.Program:
-    fields = checkpoint.fields(config)
-    static = tuple(
-      (name, str(value))
-      for name, value in fields.items()
-      if name not in ('seed', *study_cell.TRACED)
-    )
-    with asking:
-      is_first = (static, device) not in programs
-      program = programs.setdefault((static, device), Future())
-    # Others go on meanwhile, and compile programs of their own.
-    if is_first:
-      try:
-        program.set_result(study_cell.make_program(config, data, device))
-      except BaseException as error:
-        program.set_exception(error)
-    return program.result()
 
   def run_cell(cell: Cell) -> None:
     of_cell = cell_config(config, cell)
@@ -244,33 +285,14 @@ def run(
     try:
       result = study_cell.run(
         of_cell,
-        program_of(of_cell, device),
+        programs.of(of_cell, device),
         measures,
         data,
         final=cell.final,
       )
     finally:
       free.put(device)
-    row = {
-      'cell': identify(config, cell),
-      'study': config.name,
-      'kind': 'final' if cell.final else 'trial',
-      **cell._asdict(),
-      'method': of_cell.method,
-      **attack_columns(of_cell),
-      'every': of_cell.methods.conadv.every,
-      'adversarial_downscale': of_cell.methods.conadv.adversarial_downscale,
-      'attack_downscale': of_cell.methods.conadv.attack_downscale,
-      'dtype': of_cell.model.get('dtype', ''),
-      'copies': run_methods.copies(of_cell),
-      'micro_batches': of_cell.accumulate,
-      'augmentation': of_cell.data.crop,
-      'epochs': of_cell.epochs,
-      'train_images': len(data.train.labels),
-      **result,
-      **about,
-    }
-    del row['final']
+    row = row_of(config, cell, result) | about
     with writing:
       rows.append(row)
       with path.open('a', newline='') as file:
