@@ -19,8 +19,9 @@ from absl import app, flags, logging
 
 import conadv_optax as conadv
 from reference.benchmarks import figures, measure
+from reference.benchmarks.by_hand import plain
 from reference.benchmarks.measure import Figures, Net
-from reference.benchmarks.steps import Row, library, plain
+from reference.benchmarks.steps import Row, library
 from reference.tools import tables
 
 _NET = flags.DEFINE_enum('net', 'resnet18', list(measure.NETS), 'The model.')
