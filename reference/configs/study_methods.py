@@ -12,9 +12,9 @@ The grid is 252 trials and 210 final runs.
 LEGW has no trials, as it fixes peak and warm-up of the larger batch by those of
 the smaller one. With P, sqrt(10) times the best peak of `short_warmup` at 50:
 
-    python -m reference.study --workdir=runs/study_methods \
-      --config=reference/configs/study_methods.py \
-      --config.study.variants="('legw',)" --config.study.batch_sizes="(500,)" \
+    python -m reference.study --workdir=runs/study_methods \\
+      --config=reference/configs/study_methods.py \\
+      --config.study.variants="('legw',)" --config.study.batch_sizes="(500,)" \\
       --config.study.peaks="((P,),)"
 """
 
