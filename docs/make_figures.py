@@ -37,7 +37,7 @@ from reference.configs import (
   imagenet_96k,
 )
 from reference.data import input_pipeline, sources
-from reference.run import methods, step, train
+from reference.run import methods, parts, step
 from reference.study import report, results
 from reference.tools import hessian_figure, pages, tables
 from reference.tools.pages import ADVERSARIAL, CLEAN
@@ -119,7 +119,7 @@ def schedules(figure: Figure) -> None:
   ]
   axes = figure.subplots()
   for config, colour in zip(configs, shades(len(configs)), strict=True):
-    _, schedule, steps = train.make_optimizer(
+    _, schedule, steps = parts.make_optimizer(
       config, images=imagenet.TRAIN_IMAGES
     )
     epoch = np.linspace(0, config.epochs, 400)
@@ -140,16 +140,16 @@ def observe(
     the Hessian after the last.
   """
   source = sources.digits()
-  mesh = train.make_mesh(config.batch_size)
-  place = train.make_placement(mesh)
+  mesh = parts.make_mesh(config.batch_size)
+  place = parts.make_placement(mesh)
   batches = input_pipeline.train_batches(
     source, config, skipped={}, images=('image',)
   )
-  model = train.make_model(config, num_classes=source.num_classes)
-  tx, _, _ = train.make_optimizer(config, images=len(source.train))
+  model = parts.make_model(config, num_classes=source.num_classes)
+  tx, _, _ = parts.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
-  described = train.describe_state(config, model, tx, grad_fn, mesh)
-  state = train.make_state(
+  described = parts.describe_state(config, model, tx, grad_fn, mesh)
+  state = parts.make_state(
     config, model, tx, grad_fn, mesh, [place(next(batches))], described
   )
 
