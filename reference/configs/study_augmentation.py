@@ -4,10 +4,10 @@
     python -m reference.study --workdir=runs/study_augmentation \\
       --config=reference/configs/study_augmentation.py
 
-Measures are those of `study_fashion_mnist.py`. A net of twice the channels sees
-half of its images eight times as often: the plain run with augmentation then fits
-more than 98 % of them. 480 epochs are 9,600 steps of 50 and 960 of 500. The grid
-is 30 trials and 50 final runs.
+Tuning and measures are those of `study_fashion_mnist.py`. A net of twice the
+channels sees half of its images eight times as often: the plain run with
+augmentation then fits more than 98 % of them. 480 epochs are 9,600 steps of 50
+and 960 of 500. The grid is 30 trials and 50 final runs.
 """
 
 import ml_collections

@@ -25,7 +25,7 @@ FLAX = 'flax'
 
 
 class Trained(NamedTuple):
-  """A trained model; `train.make_model(config, num_classes=...)` is its module.
+  """A trained model; `parts.make_model(config, num_classes=...)` is its module.
 
   Attributes:
     step: steps that it was trained for.

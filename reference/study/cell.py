@@ -22,8 +22,8 @@ from reference.run import (
   loop,
   methods,
   objective,
+  parts,
   step,
-  train,
 )
 from reference.study import sharpness
 from reference.tools import predictions
@@ -198,15 +198,15 @@ def make_program(
   """
   mesh = Mesh(np.asarray([device]), ('data',), axis_types=(AxisType.Auto,))
   _check(config, mesh)
-  model = train.make_model(config, num_classes=data.num_classes)
+  model = parts.make_model(config, num_classes=data.num_classes)
   images = len(data.train.labels)
   groups = methods.groups(config, mesh)
 
-  def parts(numbers: Any) -> tuple[Any, Any, Any]:
+  def parts_of(numbers: Any) -> tuple[Any, Any, Any]:
     # The numbers are traced, which a config with types refuses.
     traced = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
     traced.update_from_flattened_dict(numbers)
-    tx, schedule, _ = train.make_optimizer(traced, images=images, groups=groups)
+    tx, schedule, _ = parts.make_optimizer(traced, images=images, groups=groups)
     return tx, schedule, methods.make_gradient(model, traced, mesh)
 
   def batch_of(
@@ -222,7 +222,7 @@ def make_program(
   def init_fn(
     numbers: Any, key: jax.Array, split: Split, indices: jax.Array
   ) -> step.TrainState:
-    tx, _, grad_fn = parts(numbers)
+    tx, _, grad_fn = parts_of(numbers)
     first = [
       batch_of(key, split, i, indices[i]) for i in range(indices.shape[0])
     ]
@@ -236,11 +236,11 @@ def make_program(
     position: jax.Array,
     indices: jax.Array,
   ) -> tuple[step.TrainState, step.Metrics]:
-    tx, schedule, grad_fn = parts(numbers)
+    tx, schedule, grad_fn = parts_of(numbers)
     batch = batch_of(key, split, position, indices)
     return step.make_step(grad_fn, tx, schedule, config, mesh)(state, batch)
 
-  _, _, steps = train.make_optimizer(config, images=images, groups=groups)
+  _, _, steps = parts.make_optimizer(config, images=images, groups=groups)
   staleness = methods.make_gradient(model, config, mesh).staleness
   numbers, key = numbers_of(config), jax.random.key(0)
   indices = np.zeros((staleness, config.batch_size), np.int32)
@@ -267,7 +267,7 @@ def make_measures(
   config: ml_collections.ConfigDict, num_classes: int
 ) -> Measures:
   """The measures of a study."""
-  model = train.make_model(config, num_classes=num_classes)
+  model = parts.make_model(config, num_classes=num_classes)
   loss_fn = objective.make_evaluation_loss(model, config)
   adversary = predictions.Adversary(config.study.robust_epsilon / 255, 20)
   attack = jax.jit(predictions.attack(config, model, adversary))

@@ -24,7 +24,7 @@ from absl import flags
 
 import conadv_optax as conadv
 from reference import command
-from reference.run import loop, methods, objective, step, train
+from reference.run import loop, methods, objective, parts, step
 from reference.study import cell as study_cell
 from reference.study import grid
 from reference.tools import tables
@@ -41,7 +41,7 @@ def make_losses(config: ml_collections.ConfigDict, num_classes: int) -> Any:
     Two functions: `craft(state, batch, key)` makes the copies of a batch by the
     name of the attack, and `losses(state, copies)` their losses by that name.
   """
-  model = train.make_model(config, num_classes=num_classes)
+  model = parts.make_model(config, num_classes=num_classes)
   loss_fn = objective.make_loss(model, config)
   pgd, fgsm = methods.make_attacks(config, num_classes)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from reference.command import Mistake
 from reference.configs import imagenet
-from reference.run import checks, hosts, methods, train
+from reference.run import checks, hosts, methods, parts
 from reference.tools import slices
 
 # Config, method, batch and slice of programs that differ in more than the
@@ -93,16 +93,16 @@ def compile_step(
   Raises:
     Mistake: when the compiler finds that it does not fit.
   """
-  model = train.make_model(config, num_classes=imagenet.CLASSES)
-  tx, schedule, _ = train.make_optimizer(
+  model = parts.make_model(config, num_classes=imagenet.CLASSES)
+  tx, schedule, _ = parts.make_optimizer(
     config,
     images=imagenet.TRAIN_IMAGES,
     groups=methods.groups(config, mesh),
   )
   grad_fn = methods.make_gradient(model, config, mesh)
-  state = train.describe_state(config, model, tx, grad_fn, mesh)
+  state = parts.describe_state(config, model, tx, grad_fn, mesh)
   try:
-    return train.make_step(config, tx, schedule, grad_fn, state, mesh)
+    return parts.make_step(config, tx, schedule, grad_fn, state, mesh)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

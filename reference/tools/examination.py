@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from reference.data import evaluation_sets, input_pipeline, jpeg
-from reference.run import train, trained
+from reference.run import parts, trained
 from reference.tools import examples, predictions, scores, tables
 
 # Of each kind, in the figure.
@@ -103,8 +103,8 @@ def examine(
   config = ml_collections.ConfigDict(
     {**found.config.to_dict(), 'run': {'threads': _THREADS}}
   )
-  model = train.make_model(config, num_classes=len(found.classes))
-  place = train.make_placement(train.make_mesh(batch_size))
+  model = parts.make_model(config, num_classes=len(found.classes))
+  place = parts.make_placement(parts.make_mesh(batch_size))
   skipped: jpeg.Skipped = {}
 
   def see(

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from conadv_optax import hessian
 from reference import command
 from reference.data import input_pipeline, sources
-from reference.run import checkpoint, models, objective, step, train
+from reference.run import checkpoint, models, objective, parts, step
 
 _FLOOR = 1e-6
 
@@ -37,7 +37,7 @@ def load(
     Mistake: when the work folder holds no checkpoint, or one of another
       config.
   """
-  place = train.make_placement(train.make_mesh(config.batch_size))
+  place = parts.make_placement(parts.make_mesh(config.batch_size))
   source = sources.open_source(config.data)
   batches = input_pipeline.train_batches(source, config, skipped={})
   batch = place(next(batches))
@@ -58,7 +58,7 @@ def load(
   params, batch_stats = (
     tree.get('main', tree) for tree in (state['params'], state['model_state'])
   )
-  model = train.make_model(config, num_classes=source.num_classes)
+  model = parts.make_model(config, num_classes=source.num_classes)
   return model, params, batch_stats, batch
 
 

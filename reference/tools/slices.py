@@ -74,7 +74,7 @@ def open_topology(name: str) -> list[jax.Device]:
 
 
 def make_mesh(topology: str, batch_size: int) -> Mesh:
-  """The devices of a slice along one axis, as `train.make_mesh`.
+  """The devices of a slice along one axis, as `parts.make_mesh`.
 
   Raises:
     Mistake: when the batch does not divide evenly over them.

@@ -22,7 +22,7 @@ from digit_steps import (
 from jax.flatten_util import ravel_pytree
 
 import conadv_optax as conadv
-from reference.run import absa, methods, train
+from reference.run import absa, methods, parts
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_absa_grows_once_an_epoch_by_the_largest_eigenvalue():
   mesh, tx = make_mesh(1), conadv.adaptive_multi_steps(optax.sgd(1.0))
   grad_fn = methods.make_gradient(Small(), config, mesh)
   state = first_state(config, Small(), tx, grad_fn, mesh, [])
-  place = train.make_placement(mesh)
+  place = parts.make_placement(mesh)
   grow = absa.make_growth(Small(), config, source, place, mesh, host=0, hosts=1)
   # 100 images in batches of 40: an epoch ends within steps 3, 5, 8.
   evaluations = []

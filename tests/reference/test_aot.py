@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from reference.configs import imagenet_96k
-from reference.run import methods, train
+from reference.run import methods, parts
 from reference.tools import account, slices
 
 SHARE = 256
@@ -162,20 +162,20 @@ def small(method):
 )
 def test_the_described_state_is_that_of_a_run(method):
   config = small(method)
-  mesh = train.make_mesh(config.batch_size)
-  place = train.make_placement(mesh)
+  mesh = parts.make_mesh(config.batch_size)
+  place = parts.make_placement(mesh)
   model = Small(5)
-  tx, _, _ = train.make_optimizer(config, images=160)
+  tx, _, _ = parts.make_optimizer(config, images=160)
   grad_fn = methods.make_gradient(model, config, mesh)
   batch = place(
     {
       name: np.zeros(described.shape, described.dtype)
-      for name, described in train.describe_batch(config, mesh).items()
+      for name, described in parts.describe_batch(config, mesh).items()
     }
   )
   first_batches = [batch] * grad_fn.staleness
-  described = train.describe_state(config, model, tx, grad_fn, mesh)
-  run = train.make_state(
+  described = parts.describe_state(config, model, tx, grad_fn, mesh)
+  run = parts.make_state(
     config, model, tx, grad_fn, mesh, first_batches, described
   )
   assert jax.tree.structure(described) == jax.tree.structure(run)

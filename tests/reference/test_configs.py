@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from reference.configs import study_fashion_mnist
-from reference.run import checks, methods, train
+from reference.run import checks, methods, parts
 from reference.study import grid
 
 IMAGES = 1_281_167
@@ -82,7 +82,7 @@ def test_every_method_is_a_choice(name, method):
 def test_the_schedule_is_the_published_one(name):
   batch, peak, warmup_epochs, steps, momentum, decay, power = RECIPES[name]
   config = make(name)
-  tx, schedule, total = train.make_optimizer(config, images=IMAGES)
+  tx, schedule, total = parts.make_optimizer(config, images=IMAGES)
   assert config.batch_size == batch
   assert total == steps
   warmup = round(warmup_epochs * IMAGES / batch)
@@ -150,7 +150,7 @@ def test_the_docstring_says_what_to_expect(name):
 
 def test_the_model_is_resnet_50_in_bfloat16():
   config = make('imagenet_96k')
-  model = train.make_model(config, num_classes=1000)
+  model = parts.make_model(config, num_classes=1000)
 
   def call():
     images = jnp.ones((2, 224, 224, 3))
@@ -183,7 +183,7 @@ def test_the_last_scale_of_every_block_starts_at_0():
   config = make(
     'imagenet_96k', **{'model.filters': 1, 'model.stage_sizes': (2, 1)}
   )
-  model = train.make_model(config, num_classes=2)
+  model = parts.make_model(config, num_classes=2)
   with jax.numpy_dtype_promotion('standard'):
     params = jax.jit(
       lambda: model.init(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from reference.data import input_pipeline, jpeg, sources
-from reference.run import evaluation, train
+from reference.run import evaluation, parts
 
 CLASSES = 3
 
@@ -61,7 +61,7 @@ def evaluated(source, *, batch_size=8, hosts=1):
   params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)[
     'params'
   ]
-  parts = [
+  of_hosts = [
     input_pipeline.held_out_batches(
       source, config, batch_size=batch_size, skipped={}, host=host, hosts=hosts
     )
@@ -70,9 +70,9 @@ def evaluated(source, *, batch_size=8, hosts=1):
   # As the devices of all hosts see them.
   batches = (
     jax.tree.map(lambda *x: np.concatenate(x), *part)
-    for part in zip(*parts, strict=True)
+    for part in zip(*of_hosts, strict=True)
   )
-  place = train.make_placement(train.make_mesh(batch_size))
+  place = parts.make_placement(parts.make_mesh(batch_size))
   state = types.SimpleNamespace(params=params, model_state={})
   return evaluation.make_evaluation(model, config, place)(
     state, batches

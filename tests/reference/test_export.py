@@ -17,7 +17,14 @@ from safetensors.numpy import load_file
 from tiny_runs import tiny
 
 from reference.command import Mistake
-from reference.run import exports, models, torchvision_layout, train, trained
+from reference.run import (
+  exports,
+  models,
+  parts,
+  torchvision_layout,
+  train,
+  trained,
+)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'reference' / 'README.md').read_text()
@@ -119,7 +126,7 @@ def test_it_serves_where_this_project_is_not(
   exec(EXAMPLE, names)
   logits = names['logits']
   state, _ = saved(workdir, 2)
-  expected = train.make_model(CONFIG, num_classes=10).apply(
+  expected = parts.make_model(CONFIG, num_classes=10).apply(
     {
       'params': state['params']['main'],
       'batch_stats': state['model_state']['main'],

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from run_folders import read_csv, steps_saved
 from tiny_runs import flags, make_targets, tiny
 
-from reference.run import hosts, storage, train
+from reference.run import hosts, parts, storage, train
 
 STEPS = 24
 CONFIG = tiny(
@@ -96,7 +96,7 @@ def test_two_processes_that_are_stopped_and_resumed_are_one(
   def make_mesh(batch_size, *, accumulate=1):
     return Mesh(np.asarray(jax.devices()[:2]), ('data',))
 
-  monkeypatch.setattr(train, 'make_mesh', make_mesh)
+  monkeypatch.setattr(parts, 'make_mesh', make_mesh)
   train.train(CONFIG, alone)
   left, right = read_csv(pair), read_csv(alone)
   assert len(left) == len(right) == STEPS

@@ -14,6 +14,7 @@ from reference.run import (
   checkpoint,
   exports,
   initial,
+  parts,
   train,
   trained,
 )
@@ -35,7 +36,7 @@ def fit(path, config, classes):
     path,
     config,
     classes,
-    make_model=lambda n: train.make_model(config, num_classes=n),
+    make_model=lambda n: parts.make_model(config, num_classes=n),
   )
 
 
@@ -45,13 +46,13 @@ def test_a_run_begins_with_another_and_resumes_without_it(
 ):
   begun = []
 
-  def make_state(*arguments, make_state=train.make_state):
+  def make_state(*arguments, make_state=parts.make_state):
     state = make_state(*arguments)
     # The first step takes its memory.
     begun.append(jax.device_get(state._replace(key=())))
     return state
 
-  monkeypatch.setattr(train, 'make_state', make_state)
+  monkeypatch.setattr(parts, 'make_state', make_state)
   origin = tmp_path / 'origin'
   shutil.copytree(source / 'model', origin)
   config = tiny()

@@ -29,7 +29,7 @@ from digit_steps import (
 from jax.flatten_util import ravel_pytree
 
 import conadv_optax as conadv
-from reference.run import checks, loop, methods, metrics, train, trained
+from reference.run import checks, loop, methods, metrics, parts, train, trained
 
 SMALL = {'build': 'digit_steps:Small'}
 
@@ -107,7 +107,7 @@ def with_lars(method):
     },
   )
   groups = methods.groups(config, make_mesh(2))
-  tx, _, _ = train.make_optimizer(config, images=1437, groups=groups)
+  tx, _, _ = parts.make_optimizer(config, images=1437, groups=groups)
   return start(config, devices=2, model=Small(), tx=tx)
 
 
@@ -314,7 +314,7 @@ def test_vrgd_and_the_noise_scale_compare_all_groups():
   state, _ = take(state, place(batch))
   np.testing.assert_allclose(state.noise_scale.weight, 0.0199, rtol=1e-4)
 
-  tx, _, _ = train.make_optimizer(config, images=1437)
+  tx, _, _ = parts.make_optimizer(config, images=1437)
   assert len(tx.init(before.params)) == 2
 
 
@@ -385,7 +385,7 @@ def test_copies_are_crops_of_the_padded_image():
   mesh = make_mesh(2)
   batch = make_batch(0, 8)
   augment = jax.jit(methods.make_augmentation(config))
-  result = augment(jax.random.key(1), train.make_placement(mesh)(batch))
+  result = augment(jax.random.key(1), parts.make_placement(mesh)(batch))
   image, label = (np.array(result[name]) for name in ('image', 'label'))
   assert (image.dtype, image.shape) == (np.uint8, (32, 8, 8, 1))
   draws = []
@@ -481,7 +481,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
   )
   kinds, made = [], []
 
-  def spy(config, tx, schedule, grad_fn, state, mesh, make=train.make_step):
+  def spy(config, tx, schedule, grad_fn, state, mesh, make=parts.make_step):
     kinds.append(
       {x.sharding.memory_kind for x in jax.tree.leaves(state.conadv_state)}
     )
@@ -491,7 +491,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     return made[0]
 
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-  monkeypatch.setattr(train, 'make_step', spy)
+  monkeypatch.setattr(parts, 'make_step', spy)
   monkeypatch.setattr(metrics, 'draw', lambda *_: None)
   train.train(config, whole)
   # As a kill during step 6 leaves it.
@@ -558,9 +558,9 @@ def test_an_infinite_noise_scale_does_not_stop_a_run(tmp_path):
 
 def test_a_batch_that_does_not_divide_is_explained():
   with pytest.raises(ValueError, match=r'Given 20 on 8.*accumulate=2.*=16`'):
-    train.make_mesh(20, accumulate=2)
+    parts.make_mesh(20, accumulate=2)
   with pytest.raises(ValueError, match=r'1 or more\. Given 0.*accumulate=1`'):
-    train.make_mesh(16, accumulate=0)
+    parts.make_mesh(16, accumulate=0)
 
 
 @pytest.mark.parametrize(
@@ -613,7 +613,7 @@ def test_fraction_and_targets_reach_the_attack(monkeypatch, fraction, targets):
   config = tiny('conadv')
   config.methods.conadv.adversarial_fraction = fraction
   config.methods.conadv.targets = targets
-  model = train.make_model(config, num_classes=10)
+  model = parts.make_model(config, num_classes=10)
   methods.make_group_gradient(model, config)
   [attack], [arguments] = attacks, wrapped
   assert arguments['adversarial_fraction'] == fraction

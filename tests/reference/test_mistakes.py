@@ -30,8 +30,8 @@ from reference.run import (
   lock,
   methods,
   metrics,
+  parts,
   storage,
-  train,
   trained,
 )
 from reference.tools import predictions
@@ -57,9 +57,9 @@ def values(config=digits, **changes):
     checks.check_channels(of_run)
     checks.check_batch(of_run.batch_size, 4, accumulate=of_run.accumulate)
     checks.check_groups(of_run, mesh)
-    train.make_optimizer(of_run, images=1437)
+    parts.make_optimizer(of_run, images=1437)
     metrics.make_writer(of_run, folder)
-    model = train.make_model(of_run, num_classes=10)
+    model = parts.make_model(of_run, num_classes=10)
     methods.make_gradient(model, of_run, mesh)
 
   return case

@@ -15,7 +15,7 @@ from own_models import ViT, batch_normed, grouped
 
 import conadv_optax as conadv
 from reference.command import Mistake
-from reference.run import checks, objective, own_model, train
+from reference.run import checks, objective, own_model, parts, train
 
 IMAGES = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
 
@@ -211,7 +211,7 @@ def test_the_readme_s_model_is_one(tmp_path, monkeypatch):
   exec(config, names)
   config = names['get_config']()
   checks.check_choices(config)
-  made = train.make_model(config, num_classes=7)
+  made = parts.make_model(config, num_classes=7)
   variables = jax.eval_shape(
     lambda: made.init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)), train=False)
   )

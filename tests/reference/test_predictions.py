@@ -7,7 +7,7 @@ from own_models import Linear
 
 from reference.command import Mistake
 from reference.data import input_pipeline, jpeg, sources
-from reference.run import train
+from reference.run import parts
 from reference.tools import predictions
 
 MEAN, STD = (0.4, 0.5), (0.2, 0.3)
@@ -67,7 +67,7 @@ def see(images, labels, *, classes, among, bad=(), show=(), adversary=None):
     config,
     make_params(classes),
     {},
-    train.make_placement(train.make_mesh(8)),
+    parts.make_placement(parts.make_mesh(8)),
     among=among,
     adversary=adversary,
   )

@@ -15,7 +15,7 @@ from digit_steps import copy_of, first_state
 import conadv_optax as conadv
 from reference.configs import methods as configs
 from reference.data import input_pipeline, sources
-from reference.run import evaluation, methods, objective, train
+from reference.run import evaluation, methods, objective, parts
 
 DEVICES = 8
 CLASSES = 3
@@ -74,8 +74,8 @@ MODEL = Model()
 def made(method):
   """The placement of a batch, the first state, and the compiled step."""
   config = make_config(method=method)
-  mesh = train.make_mesh(config.batch_size)
-  place = train.make_placement(mesh)
+  mesh = parts.make_mesh(config.batch_size)
+  place = parts.make_placement(mesh)
   tx = optax.sgd(0.5)
   grad_fn = methods.make_gradient(MODEL, config, mesh)
   images = methods.METHODS[method].images
@@ -83,7 +83,7 @@ def made(method):
     place(make_batch(100 + i, images=images)) for i in range(grad_fn.staleness)
   ]
   state = first_state(config, MODEL, tx, grad_fn, mesh, first)
-  take = train.make_step(
+  take = parts.make_step(
     config, tx, optax.constant_schedule(0.5), grad_fn, state, mesh
   )
   return place, state, take
@@ -369,6 +369,6 @@ def test_evaluation_is_split_over_the_devices():
 
 def test_a_batch_that_does_not_divide_is_explained():
   with pytest.raises(ValueError, match=r'Given 12 on 8.*batch_size=1?[68]'):
-    train.make_mesh(12)
+    parts.make_mesh(12)
   with pytest.raises(ValueError, match=r'batch_size=8`'):
-    train.make_mesh(3)
+    parts.make_mesh(3)

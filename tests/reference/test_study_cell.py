@@ -12,7 +12,7 @@ from digit_steps import first_state
 from small_study import make_config, use_one_device
 
 from reference.data import sources
-from reference.run import methods, train
+from reference.run import methods, parts
 from reference.study import cell as study_cell
 
 
@@ -30,16 +30,16 @@ def test_the_steps_are_those_of_the_main_job(one_device):
   rows = [next(order) for _ in range(6)]
 
   mesh = jax.sharding.Mesh(np.asarray([one_device]), ('data',))
-  place = train.make_placement(mesh)
+  place = parts.make_placement(mesh)
   batches = iter(
     [place({'image': images[row], 'label': labels[row]}) for row in rows]
   )
-  model = train.make_model(config, num_classes=10)
-  tx, schedule, _ = train.make_optimizer(config, images=len(labels))
+  model = parts.make_model(config, num_classes=10)
+  tx, schedule, _ = parts.make_optimizer(config, images=len(labels))
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [next(batches) for _ in range(grad_fn.staleness)]
   state = first_state(config, model, tx, grad_fn, mesh, first)
-  train_step = train.make_step(config, tx, schedule, grad_fn, state, mesh)
+  train_step = parts.make_step(config, tx, schedule, grad_fn, state, mesh)
   expected = []
   for batch in batches:
     state, values = train_step(state, batch)
@@ -188,7 +188,7 @@ def test_every_epoch_is_a_shuffle_of_all_images():
 def test_an_uneven_last_batch_counts_every_image_once(one_device):
   config = make_config()
   data = study_cell.load(config)
-  model = train.make_model(config, num_classes=10)
+  model = parts.make_model(config, num_classes=10)
   variables = jax.jit(
     lambda: model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)), train=False)
   )()
@@ -209,11 +209,11 @@ def test_an_uneven_last_batch_counts_every_image_once(one_device):
   )
   study_cell._EVALUATION_BATCH = 10
   try:
-    parts = study_cell.batches_of(split)
+    uneven = study_cell.batches_of(split)
   finally:
     study_cell._EVALUATION_BATCH = 1000
-  assert [len(batch['label']) for batch in parts] == [10, 10, 10]
-  for given in (batches, parts):
+  assert [len(batch['label']) for batch in uneven] == [10, 10, 10]
+  for given in (batches, uneven):
     found = measures.evaluate(state, given)
     assert found['held_out_images'] == 23
     np.testing.assert_allclose(found['held_out_accuracy'], right.mean())

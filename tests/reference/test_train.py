@@ -20,7 +20,7 @@ from tiny_runs import BATCH, tiny
 
 from reference.configs import jpeg_folder
 from reference.data import input_pipeline
-from reference.run import checkpoint, loop, metrics, train
+from reference.run import checkpoint, loop, metrics, parts, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_one_device_for_many_holds_no_more_than_it_must(tmp_path, monkeypatch):
     assert evaluation(state)['held_out_images'] == 360
     raise Looked
 
-  monkeypatch.setattr(train, 'make_step', lambda *_: None)
+  monkeypatch.setattr(parts, 'make_step', lambda *_: None)
   monkeypatch.setattr(loop, 'run_steps', run_steps)
   monkeypatch.setattr(input_pipeline, 'held_out_batches', held_out_batches)
   with pytest.raises(Looked):
@@ -145,7 +145,7 @@ def test_a_complete_run_is_only_evaluated(whole, tmp_path, capsys, monkeypatch):
   workdir = tmp_path / 'complete'
   shutil.copytree(whole, workdir)
   rows = read_csv(workdir)
-  monkeypatch.setattr(train, 'make_step', None)
+  monkeypatch.setattr(parts, 'make_step', None)
   again = train.train(tiny(steps=6), workdir)
   assert {key: f'{value:.9g}' for key, value in again.items()} == rows[-1]
   assert read_csv(workdir) == rows

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from reference.configs import digits
 from reference.data import sources
-from reference.run import methods, train
+from reference.run import methods, parts
 
 CLASSES = 10
 RATE = 0.25
@@ -67,8 +67,8 @@ def make_batch(seed, count=16):
 
 def first_state(config, model, tx, grad_fn, mesh, first_batches):
   """The state of a run that does not resume."""
-  described = train.describe_state(config, model, tx, grad_fn, mesh)
-  return train.make_state(
+  described = parts.describe_state(config, model, tx, grad_fn, mesh)
+  return parts.make_state(
     config, model, tx, grad_fn, mesh, first_batches, described
   )
 
@@ -84,14 +84,14 @@ def start(
 ):
   """A state, the compiled step, and the placement of a batch."""
   mesh = make_mesh(devices)
-  place = train.make_placement(mesh)
-  model = model or train.make_model(config, num_classes=CLASSES)
+  place = parts.make_placement(mesh)
+  model = model or parts.make_model(config, num_classes=CLASSES)
   grad_fn = methods.make_gradient(model, config, mesh)
   first = [
     place(make(100 + i, config.batch_size)) for i in range(grad_fn.staleness)
   ]
   state = first_state(config, model, tx, grad_fn, mesh, first)
-  take = train.make_step(config, tx, schedule, grad_fn, state, mesh)
+  take = parts.make_step(config, tx, schedule, grad_fn, state, mesh)
   return state, take, place
 
 

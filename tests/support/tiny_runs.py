@@ -2,7 +2,7 @@
 
 from reference.configs import digits
 from reference.data import input_pipeline, sources
-from reference.run import checkpoint, methods, train
+from reference.run import checkpoint, methods, parts
 
 BATCH = 16
 
@@ -39,10 +39,10 @@ def flags(config):
 
 def make_targets(config):
   """The shapes of a state and an iterator, to restore to."""
-  mesh = train.make_mesh(config.batch_size)
+  mesh = parts.make_mesh(config.batch_size)
   source = sources.open_source(config.data)
   batches = input_pipeline.train_batches(source, config, skipped={})
-  model = train.make_model(config, num_classes=source.num_classes)
-  tx, _, _ = train.make_optimizer(config, images=len(source.train))
+  model = parts.make_model(config, num_classes=source.num_classes)
+  tx, _, _ = parts.make_optimizer(config, images=len(source.train))
   grad_fn = methods.make_gradient(model, config, mesh)
-  return train.describe_state(config, model, tx, grad_fn, mesh), batches
+  return parts.describe_state(config, model, tx, grad_fn, mesh), batches
