@@ -322,6 +322,7 @@ def test_a_single_peak_needs_no_trial():
     'study_methods',
     'study_augmentation',
     'study_cifar10',
+    'study_depth',
   ],
 )
 def test_every_variant_of_the_grids_can_be_made(name):
