@@ -242,7 +242,8 @@ class _SparseSam:
     assert self.fisher is not None
     fisher = self.fisher
     batch = jax.tree.map(_whole, call.batch)
-    size = jax.tree.leaves(batch)[0].shape[0]
+    sizes = (sum(jnp.shape(x)[:1]) for x in jax.tree.leaves(batch))
+    size = max([1, *sizes])
     number = size if self.num_samples is None else self.num_samples
     if number > size:
       raise ValueError(
@@ -250,7 +251,8 @@ class _SparseSam:
         f'are looked at. Given num_samples={number} for {size} examples. Write '
         f'`num_samples={size}`, or leave it out for all of them.'
       )
-    examples = cut(jax.tree.map(lambda x: x[:number], batch), number)
+    # It refuses a leaf that has no examples, or fewer.
+    examples = cut(batch, size)
 
     def add(total: Any, i: jax.Array) -> tuple[Any, None]:
       key = call.key

@@ -357,3 +357,15 @@ def test_wrong_arguments(arguments, parts):
     grad_fn = conadv.sparse_sam(**arguments)
     grad_fn.value_and_grad(params, grad_fn.init(params, []), make_batch(0))
   assert_says(error, *parts)
+
+
+@pytest.mark.parametrize('leaf', [np.float32(0.5), np.ones(4, np.float32)])
+def test_a_leaf_without_an_entry_for_each_example_is_named(leaf):
+  # 'before' stands first among the leaves.
+  params, batch = tree_of(np.ones(SIZE, np.float32)), make_batch(0)
+  grad_fn = conadv.sparse_sam(loss_fn, 0.1, refresh_every=1, num_samples=3)
+  with pytest.raises(ValueError) as error:
+    grad_fn.value_and_grad(
+      params, grad_fn.init(params, []), {**batch, 'before': leaf}
+    )
+  assert_says(error, "['before']", str(leaf.shape)[1:-1].strip(','))
