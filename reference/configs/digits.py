@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
       'queue_memory': 'device',  # or host, where the waiting batches lie
       'noise_scale': False,  # measured between devices and micro-batches
       'epochs': 30.0,
+      'plain_epochs': 0.0,  # before the method sets in
       'label_smoothing': 0.1,
       'data': {
         'source': 'digits',

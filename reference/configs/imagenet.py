@@ -58,6 +58,7 @@ def make_config(
       'queue_memory': 'device',  # or host, where the waiting batches lie
       'noise_scale': False,  # measured between devices and micro-batches
       'epochs': epochs,
+      'plain_epochs': 0.0,  # before the method sets in
       'label_smoothing': 0.1,
       'data': {
         'source': 'array_record',  # or jpeg_folder

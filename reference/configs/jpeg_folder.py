@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
       'queue_memory': 'device',  # or host, where the waiting batches lie
       'noise_scale': False,  # measured between devices and micro-batches
       'epochs': 1.0,
+      'plain_epochs': 0.0,  # before the method sets in
       'label_smoothing': 0.1,
       'data': {
         # or array_record, or my_data:make, a function of your own

@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
       'queue_memory': 'device',
       'noise_scale': False,
       'epochs': 60.0,
+      'plain_epochs': 0.0,  # before the method sets in
       'label_smoothing': 0.1,
       'data': {
         'source': 'idx_folder',

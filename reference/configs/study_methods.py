@@ -7,7 +7,7 @@
 Images, net and peaks are those of `study_fashion_mnist.py`. Beside four peaks
 each variant has two trials of a number of its own; one that has none tries the
 weight decay. The eigenvalue, which takes longer than the training, is left out.
-The grid is 252 trials and 210 final runs.
+The grid is 288 trials and 240 final runs.
 
 LEGW has no trials, as it fixes peak and warm-up of the larger batch by those of
 the smaller one. With P, sqrt(10) times the best peak of `short_warmup` at 50:
@@ -47,6 +47,17 @@ def _fast_advprop(adversarial_fraction: float) -> tuple[Any, Any]:
   )
 
 
+def _late(variant: dict[str, Any]) -> tuple[Any, Any]:
+  # Of 60 epochs.
+  return {**variant, 'plain_epochs': 42.0}, ('plain_epochs', 30.0, 48.0)
+
+
+def _fast_late(adversarial_fraction: float) -> tuple[Any, Any]:
+  # Of ConAdv's radius, which is the best of both fractions.
+  numbers = {'adversarial_fraction': adversarial_fraction, 'epsilon': 8.0}
+  return _late({'method': 'fast_advprop', 'methods': {'fast_advprop': numbers}})
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The config; every field can be overridden on the command line."""
   config = study_fashion_mnist.get_config()
@@ -64,6 +75,9 @@ def get_config() -> ml_collections.ConfigDict:
     'fast_advprop_15': _fast_advprop(0.15),
     'fast_advprop_35': _fast_advprop(0.35),
     'fast_advprop_50': _fast_advprop(0.5),
+    'conadv_late': _late(variants.CONADV),
+    'fast_advprop_35_late': _fast_late(0.35),
+    'fast_advprop_50_late': _fast_late(0.5),
     'sam': ({'method': 'sam'}, ('methods.sam.radius', 0.02, 0.2)),
     'looksam': ({'method': 'looksam'}, ('methods.looksam.radius', 0.02, 0.2)),
     # A weight of 0.7 for what is reused turned out to be far too much.

@@ -82,6 +82,7 @@ def _with_later_fields(
     'methods.conadv.shared_norm': False,
     'model.build': '',
     'model.padding': 'same',
+    'plain_epochs': 0.0,
   }
   # A method that came later is not the run's.
   sections = {name.split('.')[1] for name in stored if 'methods.' in name}

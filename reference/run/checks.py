@@ -81,6 +81,12 @@ _RULES = (
     '--workdir=`. Else `--config.{field}=30.0`.',
   ),
   _Rule(
+    'plain_epochs',
+    lambda x: 0 <= x < math.inf,
+    'how many epochs are trained without the method at first, 0 or more',
+    'For the method from the first step on: `--config.{field}=0.0`.',
+  ),
+  _Rule(
     'seed',
     lambda x: 0 <= x < 2**32,
     'an integer from 0 to 4294967295',
@@ -217,6 +223,28 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         f'Likely misspelt: `--config.{field}={nearest[0]}`.'
       )
   _check_price(config)
+  _check_plain_epochs(config)
+
+
+def _check_plain_epochs(config: ml_collections.ConfigDict) -> None:
+  """Refuses plain epochs before what is plain, or whose state is another."""
+  given = config.get('plain_epochs', 0.0)
+  if not given:
+    return
+  method = methods.METHODS[config.method]
+  if not method.branches or method.agents or method.compares:
+    raise Mistake(
+      '`plain_epochs` come before a method that attacks, of one model, whose '
+      f'optimizer is LARS alone. Given plain_epochs={given} with '
+      f'method={config.method}. Take `--config.plain_epochs=0.0`, or for '
+      'example `--config.method=fast_advprop`.'
+    )
+  if given >= config.epochs:
+    raise Mistake(
+      'The method sets in after `plain_epochs`, and before the run is over. '
+      f'Given {given} of {config.epochs} epochs. Likely the run was made '
+      f'shorter alone: `--config.plain_epochs={0.7 * config.epochs:g}`.'
+    )
 
 
 def _check_price(config: ml_collections.ConfigDict) -> None:

@@ -68,7 +68,9 @@ def run_steps(
   state: step.TrainState,
   *,
   steps: int,
-  train_step: Callable[..., tuple[step.TrainState, step.Metrics]],
+  step_after: Callable[
+    [int], Callable[..., tuple[step.TrainState, step.Metrics]]
+  ],
   next_batch: Callable[[], step.Batch],
   evaluation: Callable[[step.TrainState], dict[str, float]],
   after_step: Callable[[step.TrainState, int], step.TrainState] | None,
@@ -85,7 +87,7 @@ def run_steps(
     config: of the run.
     state: to start from; it is donated.
     steps: of the whole run.
-    train_step: the compiled step.
+    step_after: the compiled step that follows so many.
     next_batch: the next batch, on the devices.
     evaluation: the held-out metrics of a state.
     after_step: takes the state and the number of steps done to the state that
@@ -110,7 +112,7 @@ def run_steps(
   started = time.perf_counter()
   with bar:
     while done < steps:
-      state, values = train_step(state, next_batch())
+      state, values = step_after(done)(state, next_batch())
       # Read a step late, so that the device has work meanwhile.
       if unread is not None:
         window.append(fetch(unread, done=done, workdir=workdir))

@@ -118,6 +118,13 @@ def groups(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
   return mesh.size * config.accumulate * copies(config)
 
 
+def before(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config of `plain_epochs`: that of the run, without its method."""
+  plain = config.copy_and_resolve_references()
+  plain.method = 'vanilla'
+  return plain
+
+
 def compares_groups(config: ml_collections.ConfigDict) -> bool:
   """Whether a step needs the second moment of the groups' gradients."""
   return config.noise_scale or bool(METHODS[config.method].compares)

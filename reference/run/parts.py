@@ -223,10 +223,34 @@ def make_step(
   another shape is an error. Of the state only shapes, dtypes and shardings
   are read, so that it compiles for devices that are not there too.
   """
+  step_fn = step.make_step(grad_fn, tx, schedule, config, mesh)
+  return _compile(step_fn, config, state, mesh)
+
+
+def plain_steps(config: ml_collections.ConfigDict, images: int) -> int:
+  """How many steps `config.plain_epochs` are, of so many images an epoch."""
+  return round(config.get('plain_epochs', 0.0) * images / config.batch_size)
+
+
+def make_plain_step(
+  config: ml_collections.ConfigDict,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  model: models.Model,
+  state: step.TrainState,
+  mesh: Mesh,
+) -> jax.stages.Compiled:
+  """The compiled step of `config.plain_epochs`, on the state of the method."""
+  step_fn = step.make_plain_step(model, tx, schedule, config, mesh)
+  return _compile(step_fn, config, state, mesh)
+
+
+def _compile(
+  step_fn: Callable[..., tuple[step.TrainState, step.Metrics]],
+  config: ml_collections.ConfigDict,
+  state: step.TrainState,
+  mesh: Mesh,
+) -> jax.stages.Compiled:
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  jitted = jax.jit(
-    step.make_step(grad_fn, tx, schedule, config, mesh),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
+  jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
   return jitted.lower(state, describe_batch(config, mesh)).compile()

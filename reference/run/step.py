@@ -195,3 +195,38 @@ def make_step(
     return state, metrics
 
   return step_fn
+
+
+def make_plain_step(
+  model: models.Model,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """One step of `config.plain_epochs`, before its method sets in; to be jitted.
+
+  The state is the method's. The batches that wait in it go on waiting, and the
+  norm layers of the other branches are copies of the main branch's.
+
+  Returns:
+    A function of `(state, batch)`, as that of `make_step`.
+  """
+  plain = methods.before(config)
+  grad_fn = methods.make_gradient(model, plain, mesh)
+  plain_step = make_step(grad_fn, tx, schedule, plain, mesh)
+  branches = methods.METHODS[config.method].branches
+
+  def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    own = grad_fn.init(state.params, [], model_state=state.model_state)
+    new, metrics = plain_step(state._replace(conadv_state=own), batch)
+    params, model_state = new.params, new.model_state
+    if isinstance(model_state, conadv.dual_bn.Branched):
+      params, model_state = conadv.dual_bn.split(
+        *map(conadv.dual_bn.main, (params, model_state)), branches=branches
+      )
+    return new._replace(
+      params=params, model_state=model_state, conadv_state=state.conadv_state
+    ), metrics
+
+  return step_fn

@@ -195,13 +195,16 @@ class _Job:
       after_step = absa.make_growth(
         self.model, self.config, self.source, self.place, self.mesh, **_part()
       )
+    common = self.config, self.tx, self.schedule
+    take = plain = parts.make_step(*common, self.grad_fn, state, self.mesh)
+    first = parts.plain_steps(self.config, len(self.source.train))
+    if int(state.step) < first:
+      plain = parts.make_plain_step(*common, self.model, state, self.mesh)
     return loop.run_steps(
       self.config,
       state,
       steps=self.steps,
-      train_step=parts.make_step(
-        self.config, self.tx, self.schedule, self.grad_fn, state, self.mesh
-      ),
+      step_after=lambda done: plain if done < first else take,
       next_batch=lambda: self.place(next(batches)),
       evaluation=evaluate,
       after_step=after_step,

@@ -1,5 +1,6 @@
 """One cell of a study: a run of the main job's step on images in memory."""
 
+import functools
 import itertools
 import statistics
 import time
@@ -62,16 +63,20 @@ class Program(NamedTuple):
       the first batches, int32 (staleness, batch).
     step: `(numbers, state, key, train, position, indices)` to the next state
       and its metrics, with the number of the newest batch and its indices.
+    plain_step: likewise, of the plain epochs.
     train: the images, on the device.
     staleness: how many batches `init` takes.
     steps: of a run.
+    plain_steps: how many of them are plain, the first.
   """
 
   init: Callable[..., step.TrainState]
   step: Callable[..., tuple[step.TrainState, step.Metrics]]
+  plain_step: Callable[..., tuple[step.TrainState, step.Metrics]]
   train: Split
   staleness: int
   steps: int
+  plain_steps: int
 
 
 class Measures(NamedTuple):
@@ -235,10 +240,18 @@ def make_program(
     split: Split,
     position: jax.Array,
     indices: jax.Array,
+    *,
+    is_plain: bool,
   ) -> tuple[step.TrainState, step.Metrics]:
     tx, schedule, grad_fn = parts_of(numbers)
     batch = batch_of(key, split, position, indices)
-    return step.make_step(grad_fn, tx, schedule, config, mesh)(state, batch)
+    rest = tx, schedule, config, mesh
+    take = (
+      step.make_plain_step(model, *rest)
+      if is_plain
+      else step.make_step(grad_fn, *rest)
+    )
+    return take(state, batch)
 
   _, _, steps = parts.make_optimizer(config, images=images, groups=groups)
   staleness = methods.make_gradient(model, config, mesh).staleness
@@ -250,17 +263,23 @@ def make_program(
   init = jax.jit(init_fn, out_shardings=on_device)
   compiled_init = init.lower(numbers, key, split, indices).compile()
   state = compiled_init(numbers, key, split, indices)
-  jitted = jax.jit(
-    step_fn, donate_argnums=1, out_shardings=(on_device, None)
-  ).lower(
-    numbers,
-    state,
-    key,
-    split,
-    np.int32(0),
-    np.zeros(config.batch_size, np.int32),
+  batch = np.int32(0), np.zeros(config.batch_size, np.int32)
+
+  def compile_step(*, is_plain: bool) -> Any:
+    jitted = jax.jit(
+      functools.partial(step_fn, is_plain=is_plain),
+      donate_argnums=1,
+      out_shardings=(on_device, None),
+    )
+    return jitted.lower(numbers, state, key, split, *batch).compile()
+
+  of_method = plain = compile_step(is_plain=False)
+  plain_steps = parts.plain_steps(config, images)
+  if plain_steps:
+    plain = compile_step(is_plain=True)
+  return Program(
+    compiled_init, of_method, plain, split, staleness, steps, plain_steps
   )
-  return Program(compiled_init, jitted.compile(), split, staleness, steps)
 
 
 def make_measures(
@@ -321,7 +340,9 @@ def run(
     pending = []
     for done in range(begin, end):
       position = np.int32(done + program.staleness)
-      state, values = program.step(
+      is_plain = done < program.plain_steps
+      take = program.plain_step if is_plain else program.step
+      state, values = take(
         numbers, state, key, program.train, position, next(order)
       )
       pending.append(values)

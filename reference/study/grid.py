@@ -77,10 +77,9 @@ def identify(config: ml_collections.ConfigDict, cell: Cell) -> str:
     'at_once',
   )
   left_out = ('run.', 'study.overrides.', *(f'study.{name}' for name in grid))
-  # A method that joins the others later makes no other cell of this one.
-  defaults = checkpoint.fields(
-    ml_collections.ConfigDict({'methods': methods.make_section()})
-  )
+  # What joined the others later makes no other cell of this one.
+  later = {'plain_epochs': 0.0, 'methods': methods.make_section()}
+  defaults = checkpoint.fields(ml_collections.ConfigDict(later))
   fields = {
     name: value
     for name, value in checkpoint.fields(cell_config(config, cell)).items()
@@ -212,6 +211,7 @@ def row_of(
     'micro_batches': of_cell.accumulate,
     'augmentation': of_cell.data.crop,
     'epochs': of_cell.epochs,
+    'plain_epochs': of_cell.get('plain_epochs', 0.0),
     **result,
   }
   del row['final']

@@ -35,6 +35,7 @@ FIELDS = (
   'micro_batches',
   'augmentation',
   'epochs',
+  'plain_epochs',
   'train_images',
   'steps',
   'accuracy',

@@ -39,8 +39,24 @@ COMPARISONS = (
   ('conadv_fraction', 'conadv', 'a fifth attacked against all'),
   ('augmentation', 'vanilla', 'augmentation against vanilla'),
   ('conadv_augmentation', 'augmentation', 'ConAdv on top of augmentation'),
+  ('advprop_augmentation', 'augmentation', 'AdvProp on top of augmentation'),
+  (
+    'conadv_augmentation',
+    'advprop_augmentation',
+    'staleness 1 against 0, both with augmentation',
+  ),
   ('batch_augment', 'vanilla', 'batch augmentation against vanilla'),
   ('fast_advprop', 'vanilla', 'Fast AdvProp against vanilla'),
+  (
+    'fast_advprop_35',
+    'vanilla',
+    'Fast AdvProp on 0.35 of each batch against vanilla',
+  ),
+  (
+    'fast_advprop_50',
+    'vanilla',
+    'Fast AdvProp on half of each batch against vanilla',
+  ),
   (
     'fast_advprop_35',
     'conadv',

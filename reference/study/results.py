@@ -27,6 +27,7 @@ _WHAT_AN_ABLATION_CHANGES = (
   'copies',
   'micro_batches',
   'augmentation',
+  'plain_epochs',
 )
 
 
@@ -75,6 +76,7 @@ _BEFORE = {
   'dtype': 'float32',
   'copies': 1.0,
   'micro_batches': 1.0,
+  'plain_epochs': 0.0,
 }
 
 
@@ -140,14 +142,16 @@ def has_prices(groups: Groups) -> bool:
 
 
 def price(row: Row) -> float:
-  """Plain steps that a step costs by arithmetic."""
+  """Plain steps that a step costs by arithmetic, on average over a run."""
   of = _PRICES[row['method']]
   share = row['adversarial_fraction'] / row['every']
   share /= row['adversarial_downscale'] ** 2
   trained = row['copies'] + share * of.training
-  return (
+  whole = (
     of.gradients * trained + share * of.attack / row['attack_downscale'] ** 2
   )
+  plain = row['plain_epochs'] / row['epochs']
+  return plain + (1 - plain) * whole
 
 
 def priced(groups: Groups, batch_size: int) -> dict[str, list[Row]]:

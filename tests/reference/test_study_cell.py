@@ -143,7 +143,13 @@ def test_no_split_sees_the_images_of_another(monkeypatch, one_device):
 
   place = jax.sharding.SingleDeviceSharding(one_device)
   program = study_cell.Program(
-    init, step, jax.device_put(data.train, place), staleness=2, steps=10
+    init,
+    step,
+    None,
+    jax.device_put(data.train, place),
+    staleness=2,
+    steps=10,
+    plain_steps=0,
   )
   measures = study_cell.Measures(evaluate, attack, None)
   config.update({'batch_size': 40, 'epochs': 2.5, 'seed': 7})

@@ -44,6 +44,7 @@ def rows(tmp_path):
         'micro_batches': 1.0,
         'augmentation': 'resize',
         'epochs': 20.0,
+        'plain_epochs': 0.0,
         'steps': 100,
       }
       made.append(
@@ -193,6 +194,12 @@ def test_a_price_is_the_passes_of_a_step(rows):
       plain | {'method': 'fast_advprop', 'adversarial_fraction': 0.2},
       4 / 5 * 3 + 1 / 5 * (3 + 3),
     ),
+    # Of 20 epochs.
+    (conadv | {'plain_epochs': 15.0}, (3 * 3 + (3 + 3 + 2)) / 4),
+    (
+      conadv | {'method': 'conadv_sam', 'plain_epochs': 10.0},
+      (3 + 2 * (3 + 3) + 2) / 2,
+    ),
   ):
     np.testing.assert_allclose(results.price(row), thirds / 3)
 
@@ -246,6 +253,7 @@ def test_a_csv_of_before_there_were_prices_goes_on(tmp_path):
     'dtype': 'float32',
     'copies': 1.0,
     'micro_batches': 1.0,
+    'plain_epochs': 0.0,
   }
 
 
