@@ -39,6 +39,12 @@ COMPARISONS = (
   ('conadv_fraction', 'conadv', 'a fifth attacked against all'),
   ('augmentation', 'vanilla', 'augmentation against vanilla'),
   ('conadv_augmentation', 'augmentation', 'ConAdv on top of augmentation'),
+  (
+    'conadv_augmentation',
+    'augmentation_same_peak',
+    'the same with the peak of ConAdv',
+  ),
+  ('augmentation_same_peak', 'vanilla', 'that augmentation against vanilla'),
   ('advprop_augmentation', 'augmentation', 'AdvProp on top of augmentation'),
   (
     'conadv_augmentation',
