@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -330,7 +331,7 @@ def run(
 
   row: Row = {'steps': steps, 'staleness': program.staleness}
   curve: list[str] = []
-  seconds: list[float] = []
+  elapsed: list[float] = []
   read: list[dict[str, float]] = []
   every = config.study.evaluate_every
   epochs = [*np.arange(0, config.epochs, every), config.epochs]
@@ -356,19 +357,24 @@ def run(
         'diverged': end,
         'seconds': time.perf_counter() - started,
       }
-    seconds.append((time.perf_counter() - begun) / (end - begin))
+    elapsed.append(time.perf_counter() - begun)
     accuracy = measures.evaluate(state, held_out)['held_out_accuracy']
     curve.append(f'{end * config.epochs / steps:.4g}:{accuracy:.4f}')
 
   trained = jax.device_put(batches_of(data.train), place)
   fitted = measures.evaluate(state, trained)['held_out_accuracy']
+  seconds = sum(elapsed) / steps
+  # Steps of two kinds have no middle.
+  if not program.plain_steps:
+    taken = (end - begin for begin, end in itertools.pairwise(ends))
+    seconds = statistics.median(map(operator.truediv, elapsed, taken))
   last_epoch = read[-max(1, round(steps / config.epochs)) :]
   row |= {
     'accuracy': accuracy,
     'accuracy_by_epoch': ' '.join(curve),
     'train_accuracy': fitted,
     'gap': fitted - accuracy,
-    'seconds_a_step': statistics.median(seconds),
+    'seconds_a_step': seconds,
   }
   means = loop.average(last_epoch)
   for name in ('loss_main', 'loss_adversarial', 'noise_scale'):
