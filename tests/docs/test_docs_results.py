@@ -1,5 +1,6 @@
 """The tables of the results page are those that its CSVs give."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,30 @@ def test_the_tables_of_a_study(path):
   assert found
   for table in found:
     assert table in PAGE
+
+
+def test_the_gains_over_ten_seeds():
+  rows = [
+    *results.read(DOCS / 'study_methods.csv'),
+    *results.read(DOCS / 'study_late.csv'),
+  ]
+  groups = results.finals(rows)
+  names = (
+    'conadv',
+    'fast_advprop_35',
+    'fast_advprop_35_late',
+    'fast_advprop_50_late',
+    'fast_advprop_10',
+  )
+  gains = [
+    results.differences(groups[name, 500], groups['vanilla', 500])
+    for name in names
+  ]
+  assert {len(x) for x in gains} == {10}
+  cells = [
+    f'{100 * statistics.fmean(x):.2f} ± {report.error_text(x)}' for x in gains
+  ]
+  assert f'| {" | ".join(cells)} |' in PAGE
 
 
 def test_the_tables_of_sharpness():
