@@ -221,7 +221,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
   figure = Figure(figsize=(9, 3.6), layout='constrained')
   losses, accuracies = figure.subplots(1, 2)
-  for branch, color in zip(branches(rows[0]), _COLORS, strict=False):
+  # Of any row, as a branch may set in late.
+  every = {name: x for row in rows for name, x in row.items()}
+  for branch, color in zip(branches(every), _COLORS, strict=False):
     label = f'{_label(branch)}, training'
     losses.plot(*curve(f'loss_{branch}', 1), color=color, label=label)
     accuracies.plot(

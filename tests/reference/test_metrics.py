@@ -69,6 +69,21 @@ def test_draws_a_png(tmp_path, branches):
   assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_branch_that_sets_in_late_has_a_curve(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    metrics.Figure, 'savefig', lambda figure, *_, **__: drawn.append(figure)
+  )
+  rows = [row(step, loss_main=1.0, accuracy_main=0.5) for step in (10, 20, 30)]
+  rows[-1] |= {'loss_adversarial': 2.0, 'accuracy_adversarial': 0.25}
+  rows[-1] |= {'held_out_accuracy': 0.9}
+  metrics.draw(tmp_path / 'curves.png', rows)
+  [figure] = drawn
+  losses, _ = figure.axes
+  found = {x.get_label(): len(x.get_xdata()) for x in losses.lines}
+  assert found == {'clean, training': 3, 'adversarial, training': 1}
+
+
 GOOD = b'step,epoch,loss\n1,0.1,0.5\n2,0.2,0.25\n'
 
 
