@@ -300,10 +300,14 @@ def main() -> None:
       alone = [x for x in rows if math.prod(ROWS[str(x['row'])].mesh) == 1]
       figures.draw_cost(FOLDER / path.stem, alone)
   v3 = tables.read_csv(DOCS / 'cost_v3_2x2.csv')
+  page = (DOCS / 'results.md').read_text()
   for path in sorted(DOCS.glob('study_*.csv')):
-    report.draw(
-      results.read(path), FOLDER, prices={'cycles of TPU v3': cycles(v3)}
-    )
+    # Of the others the page has tables alone.
+    if f'figures/{path.stem}_' in page:
+      # The steps of that grid are those of the benchmark.
+      is_price = path.stem == 'study_price'
+      prices = {'cycles of TPU v3': cycles(v3)} if is_price else None
+      report.draw(results.read(path), FOLDER, prices=prices)
 
 
 if __name__ == '__main__':

@@ -242,8 +242,8 @@ class _SparseSam:
     assert self.fisher is not None
     fisher = self.fisher
     batch = jax.tree.map(_whole, call.batch)
-    sizes = (sum(jnp.shape(x)[:1]) for x in jax.tree.leaves(batch))
-    size = max([1, *sizes])
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    size = max([1, *(shape[0] for shape in shapes if shape)])
     number = size if self.num_samples is None else self.num_samples
     if number > size:
       raise ValueError(

@@ -17,17 +17,9 @@ arithmetic. With two peaks and three seeds a batch is 51, and both batches take
 9.5 hours of a core.
 """
 
-from typing import Any
-
 import ml_collections
 
 from reference.configs import study_cifar10, variants
-
-
-def _fast_advprop(adversarial_fraction: float) -> dict[str, Any]:
-  # Of ConAdv's radius.
-  numbers = {'adversarial_fraction': adversarial_fraction, 'epsilon': 4.0}
-  return {'method': 'fast_advprop', 'methods': {'fast_advprop': numbers}}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -39,9 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
     'augmentation': augmented,
     'conadv': variants.CONADV,
     'conadv_augmentation': {**variants.CONADV, **augmented},
-    # The best two of grid A2.
-    'fast_advprop_35': _fast_advprop(0.35),
-    'fast_advprop_50': _fast_advprop(0.5),
+    # The best two of grid A2, with ConAdv's radius.
+    'fast_advprop_35': variants.fast_advprop(0.35, epsilon=4.0),
+    'fast_advprop_50': variants.fast_advprop(0.5, epsilon=4.0),
   }
   with config.unlocked():
     config.name = 'study_depth'

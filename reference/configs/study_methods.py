@@ -40,22 +40,17 @@ def _copies(number: int) -> dict[str, Any]:
 
 def _fast_advprop(adversarial_fraction: float) -> tuple[Any, Any]:
   # The best radius of 'fast_advprop', whose fraction is 0.2.
-  numbers = {'adversarial_fraction': adversarial_fraction, 'epsilon': 4.0}
   return (
-    {'method': 'fast_advprop', 'methods': {'fast_advprop': numbers}},
+    variants.fast_advprop(adversarial_fraction, epsilon=4.0),
     ('methods.fast_advprop.epsilon', 2.0, 8.0),
   )
 
 
 def _fast_late(adversarial_fraction: float) -> tuple[Any, Any]:
   # Of 60 epochs, and of ConAdv's radius, which was best for both fractions.
-  numbers = {'adversarial_fraction': adversarial_fraction, 'epsilon': 8.0}
+  late = variants.fast_advprop(adversarial_fraction, epsilon=8.0)
   return (
-    {
-      'method': 'fast_advprop',
-      'methods': {'fast_advprop': numbers},
-      'plain_epochs': 42.0,
-    },
+    {**late, 'plain_epochs': 42.0},
     ('methods.fast_advprop.epsilon', 4.0, 16.0),
   )
 

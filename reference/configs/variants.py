@@ -8,6 +8,14 @@ from typing import Any
 CONADV = {'method': 'conadv'}
 
 
+def fast_advprop(
+  adversarial_fraction: float, *, epsilon: float
+) -> dict[str, Any]:
+  """Fast AdvProp with another share of the batch and another radius."""
+  numbers = {'adversarial_fraction': adversarial_fraction, 'epsilon': epsilon}
+  return {'method': 'fast_advprop', 'methods': {'fast_advprop': numbers}}
+
+
 def make_section() -> dict[str, dict[str, Any]]:
   """A start for the `study.overrides` of a config."""
   return {

@@ -4,10 +4,10 @@ import math
 
 import pytest
 from run_folders import assert_equal, read_csv, saved
-from tiny_runs import tiny
+from tiny_runs import break_at, tiny
 
 from reference.command import Mistake
-from reference.run import checks, loop, metrics, train
+from reference.run import checks, loop, train
 
 
 @pytest.mark.slow
@@ -16,15 +16,7 @@ def test_a_resumed_run_goes_on_with_its_turns(tmp_path, monkeypatch):
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   train.train(config, whole)
 
-  def break_at_3(record, row, add=metrics.add):
-    add(record, row)
-    if row['step'] == 3:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patched:
-    patched.setattr(metrics, 'add', break_at_3)
-    with pytest.raises(KeyboardInterrupt):
-      train.train(config, broken)
+  break_at(monkeypatch, config, broken, 3)
   train.train(config, broken)
   for workdir in (whole, broken):
     rows = read_csv(workdir)

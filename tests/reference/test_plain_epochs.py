@@ -8,11 +8,11 @@ from digit_steps import CONSTANT, SGD, arrays, make_batch, make_mesh, start
 from digit_steps import tiny as tiny_steps
 from run_folders import assert_equal, read_csv, saved
 from small_study import make_config, use_one_device
-from tiny_runs import BATCH, tiny
+from tiny_runs import BATCH, break_at, tiny
 
 import conadv_optax as conadv
 from reference.command import Mistake
-from reference.run import checks, metrics, parts, train
+from reference.run import checks, parts, train
 from reference.study import cell as study_cell
 
 
@@ -66,17 +66,8 @@ def test_a_run_resumes_before_and_after_its_method_sets_in(
   )
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   train.train(config, whole)
-  for last in (2, 4):
-
-    def break_after(record, row, add=metrics.add, last=last):
-      add(record, row)
-      if row['step'] == last + 1:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-      patched.setattr(metrics, 'add', break_after)
-      with pytest.raises(KeyboardInterrupt):
-        train.train(config, broken)
+  for step in (3, 5):
+    break_at(monkeypatch, config, broken, step)
   train.train(config, broken)
   for workdir in (whole, broken):
     rows = read_csv(workdir)

@@ -1,8 +1,10 @@
 """The main job with a net of one block, and what its runs restore to."""
 
+import pytest
+
 from reference.configs import digits
 from reference.data import input_pipeline, sources
-from reference.run import checkpoint, methods, parts
+from reference.run import checkpoint, methods, metrics, parts, train
 
 BATCH = 16
 
@@ -35,6 +37,20 @@ def flags(config):
     for name, value in checkpoint.fields(config).items()
     if value != default[name]
   ]
+
+
+def break_at(monkeypatch, config, workdir, step):
+  """Runs it until a row of this step is recorded, which ends it at once."""
+
+  def add_and_break(record, row, add=metrics.add):
+    add(record, row)
+    if row['step'] == step:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(metrics, 'add', add_and_break)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(config, workdir)
 
 
 def make_targets(config):
