@@ -42,7 +42,7 @@ COMPARISONS = (
   (
     'conadv_augmentation',
     'augmentation_same_peak',
-    'the same with the peak of ConAdv',
+    'the same with equal peaks',
   ),
   ('augmentation_same_peak', 'vanilla', 'that augmentation against vanilla'),
   ('advprop_augmentation', 'augmentation', 'AdvProp on top of augmentation'),
