@@ -37,7 +37,13 @@ def first_part(batch: Batch, fraction: float, size: int) -> Batch:
         f'{list(path)} is {describe(value)}.'
       )
   count = share_of(fraction, size)
-  return jax.tree.map(lambda x: _head(x, count), batch)
+  return jax.tree.map(lambda x: _part(x, 0, count), batch)
+
+
+def rest_of(batch: Batch, fraction: float, size: int) -> Batch:
+  """What `first_part` leaves."""
+  count = share_of(fraction, size)
+  return jax.tree.map(lambda x: _part(x, count, size), batch)
 
 
 def replace_first(x: jax.Array, part: jax.Array) -> jax.Array:
@@ -49,14 +55,14 @@ def replace_first(x: jax.Array, part: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, whole) if whole.mesh.explicit_axes else x
 
 
-def _head(x: jax.Array, count: int) -> jax.Array:
+def _part(x: jax.Array, start: int, stop: int) -> jax.Array:
   sharding = jax.typeof(x).sharding
   axes = sharding.spec[0] or ()
   axes = (axes,) if isinstance(axes, str) else axes
   # Where its devices cannot share the part evenly, each of them has all of it.
-  if count % math.prod(sharding.mesh.shape[axis] for axis in axes):
+  if (stop - start) % math.prod(sharding.mesh.shape[axis] for axis in axes):
     x = _gather(x)
-  return jax.lax.slice_in_dim(x, 0, count)
+  return jax.lax.slice_in_dim(x, start, stop)
 
 
 def _gather(x: jax.Array) -> jax.Array:

@@ -6,10 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.numeric import add_weighted, check_count, describe
+from conadv_optax.core.numeric import (
+  add_weighted,
+  check_count,
+  describe,
+  full,
+)
 from conadv_optax.core.paths import named
 from conadv_optax.core.types import Batch
 
@@ -99,9 +103,8 @@ def mean_over(
   @jax.jit
   def sums(parts: Batch) -> Any:
     numbers = jnp.arange(micro_batches)
-    zeros = optax.tree.zeros_like(
-      jax.eval_shape(lambda: add(None, part_of(parts, numbers[0])))
-    )
+    one = jax.eval_shape(lambda: add(None, part_of(parts, numbers[0])))
+    zeros = jax.tree.map(lambda x: full(x, 0), one)
     return jax.lax.scan(
       lambda total, i: (add(total, part_of(parts, i)), None), zeros, numbers
     )[0]

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 def at_least_float32(x: jax.Array) -> jax.Array:
   """`x` in float32, or in its own dtype where that is wider."""
-  return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+  is_wide = is_inexact(x) and jnp.finfo(x.dtype).bits >= 32
+  return x if is_wide else x.astype(jnp.float32)
 
 
 def tree_at_least_float32(tree: Any) -> Any:
@@ -30,6 +31,16 @@ def zeros_like(tree: Any) -> Any:
   return jax.tree.map(
     lambda x: jnp.where(False, x, jnp.zeros([], x.dtype)), tree
   )
+
+
+def full(like: Any, value: float) -> jax.Array:
+  """`value` in the shape and dtype of what is traced, spread as that is."""
+  x = jax.lax.full(like.shape, value, like.dtype, sharding=like.sharding)
+  kind = like.manual_axis_type
+  if kind is None or not kind.varying:
+    return x
+  # Inside of a `shard_map` it differs from device to device.
+  return jax.lax.pcast(x, tuple(kind.varying), to='varying')
 
 
 def is_inexact(x: Any) -> bool:

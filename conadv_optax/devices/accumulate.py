@@ -10,7 +10,7 @@ import optax
 
 from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.micro_batches import cut, join, part_of
-from conadv_optax.core.numeric import abs_sq, check_count, scale
+from conadv_optax.core.numeric import abs_sq, check_count, full, scale
 from conadv_optax.core.types import (
   Batch,
   ConAdvState,
@@ -174,7 +174,7 @@ class _Accumulate:
     moment = jax.eval_shape(lambda g: jax.tree.map(abs_sq, g), shapes.means[2])
     # Spread as the sums are to be, which inside of a `shard_map` must be said.
     zeros = jax.tree.map(
-      lambda x: jax.lax.full(x.shape, 0, x.dtype, sharding=x.sharding),
+      lambda x: full(x, 0),
       (
         shapes._replace(arrays=None),
         moment if wants_moment else None,

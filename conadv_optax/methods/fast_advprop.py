@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from conadv_optax import dual_bn
-from conadv_optax.core.batches import first_part
+from conadv_optax.core.batches import first_part, rest_of
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
   check_share,
@@ -225,14 +225,13 @@ class _FastAdvProp:
   def _split(self, batch: Batch) -> tuple[Batch, Batch]:
     """What is attacked, and the rest."""
     size = self.leaf.examples(batch)
-    count = share_of(self.fraction, size)
-    if count == size:
+    if share_of(self.fraction, size) == size:
       raise ValueError(
         'One part of each batch is attacked and the other trained on clean, so '
         f'it needs two examples or more. Given a batch of {size}.'
       )
     attacked = first_part(batch, self.fraction, size)
-    return attacked, jax.tree.map(lambda x: x[count:], batch)
+    return attacked, rest_of(batch, self.fraction, size)
 
   def _divisors(self, attacked: Batch, rest: Batch) -> Denominators:
     """What the losses are divided by, by default how many examples."""

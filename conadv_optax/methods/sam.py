@@ -325,9 +325,8 @@ def _where(condition: jax.Array, x: Any, y: Any) -> Any:
 
 def _rounding(params: Any) -> float:
   """The part of a gradient that rounding may turn, with room to spare."""
-  coarsest = max(
-    float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(params)
-  )
+  dtypes = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+  coarsest = max((float(jnp.finfo(x).eps) for x in dtypes), default=0.0)
   return coarsest + 64 * float(jnp.finfo(jnp.float32).eps)
 
 

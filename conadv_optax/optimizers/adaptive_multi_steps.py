@@ -15,6 +15,7 @@ from conadv_optax.core.numeric import (
   describe,
   is_inexact,
   weighted,
+  zeros_like,
 )
 
 
@@ -134,13 +135,13 @@ def adaptive_multi_steps(
         inner_state,
         state.inner,
       )
-      zeros = optax.tree.zeros_like(total)
+      zeros = zeros_like(total)
       return scaled, inner_state, zeros, jnp.zeros_like(state.index)
 
     def wait() -> tuple[optax.Updates, Any, Any, jax.Array]:
       # In the optimizer's dtypes: bfloat16 may go in and float32 come out.
       shapes, *_ = jax.eval_shape(step)
-      zeros = cast_like(optax.tree.zeros_like(updates), shapes)
+      zeros = cast_like(zeros_like(updates), shapes)
       return zeros, state.inner, total, state.index + 1
 
     new_updates, inner_state, gradients, index = jax.lax.cond(

@@ -133,12 +133,15 @@ def agvm(
 
   def init_fn(params: optax.Params) -> AgvmState:
     names = _names(params, modules)
-    _check_names(names, params, anchor, modules)
-    return AgvmState(
-      jnp.zeros([], jnp.int32),
-      {name: jnp.ones([], jnp.float32) for name in sorted(set(names) - {''})},
-      inner.init(params),
-    )
+    factors: Any = {
+      name: jnp.ones([], jnp.float32) for name in sorted(set(names) - {''})
+    }
+    if names:
+      _check_names(names, params, anchor, modules)
+    else:
+      # `optax.tree_map_params` asks with a tree that stands for any other.
+      factors = jnp.ones([], jnp.float32)
+    return AgvmState(jnp.zeros([], jnp.int32), factors, inner.init(params))
 
   def update_fn(
     updates: optax.Updates,
@@ -151,6 +154,7 @@ def agvm(
     call = 'tx.update(grads, state, params, second_moment=aux.second_moment)'
     check_second_moment(second_moment, updates, call)
     names = _names(updates, modules)
+    _check_names(names, updates, anchor, modules)
     variances = _variances(names, updates, second_moment, groups)
     count = state.count + 1
     moves = (count > start) & (count % every == 0)

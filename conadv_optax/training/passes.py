@@ -15,6 +15,7 @@ from conadv_optax.core.numeric import (
   at_least_float32,
   cast_like,
   concrete,
+  full,
   is_inexact,
   ratio,
   scale,
@@ -110,6 +111,7 @@ def _one_pass(
   """`(loss, (model_state, aux)), gradients, of_inputs`."""
   share: Any = None
   rest_of_share: Any = None
+  old = dual_bn.select(call.model_state, one.branch)
   if call.denominators is not None:
     of_mean = call.denominators[one.branch]
     # At most 1 where the model's dtype may be short, the rest in float32.
@@ -143,7 +145,6 @@ def _one_pass(
   if one.runs is None:
     gradients, (value, (state, aux)) = gradient()
   else:
-    old = dual_bn.select(call.model_state, one.branch)
     gradients, (value, (state, aux)) = jax.lax.cond(
       one.runs, gradient, lambda: _not_run(gradient, old)
     )
@@ -155,6 +156,17 @@ def _one_pass(
     )
     gradients = scale(rest_of_share, tree_at_least_float32(gradients))
   state = jax.tree.map(part, state)
+  if share is not None:
+    # What no group has an example for stays as it was.
+    state = jax.tree.map(
+      lambda x, y: (
+        jnp.where(of_mean.most > 0, x, jnp.asarray(y, x.dtype))
+        if is_inexact(x)
+        else x
+      ),
+      state,
+      old,
+    )
   # An array of the user's is one value an example.
   aux = jax.tree.map(lambda x: x if jnp.ndim(x) else part(x), aux)
   gradients, of_inputs = gradients if wants_inputs else (gradients, None)
@@ -165,12 +177,7 @@ def _not_run(gradient: Callable[[], Any], model_state: Any) -> Any:
   """What `gradient` returns, of a pass that is not run."""
 
   def filled(tree: Any, value: float) -> Any:
-    return jax.tree.map(
-      lambda x: jax.lax.full(
-        x.shape, value if is_inexact(x) else 0, x.dtype, sharding=x.sharding
-      ),
-      tree,
-    )
+    return jax.tree.map(lambda x: full(x, value if is_inexact(x) else 0), tree)
 
   gradients, (value, (_, aux)) = jax.eval_shape(gradient)
   return filled(gradients, 0), (
@@ -202,7 +209,9 @@ def collect(
 def _shared_state(trained: Trained) -> Any:
   """That of the main branch, or of another one where that has no weight."""
   chosen = trained.states['main']
-  for branch in sorted(trained.states, key=lambda name: name == 'main'):
+  # Main has the last word, and before it the first of the others.
+  others = [name for name in trained.states if name != 'main']
+  for branch in [*reversed(others), 'main']:
     state, weight = trained.states[branch], trained.weights[branch]
     number = concrete(weight)
     if number is not None:

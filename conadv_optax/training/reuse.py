@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import jax
-
+from conadv_optax.core.batches import first_part
 from conadv_optax.core.calls import Call, pytree
 from conadv_optax.core.numeric import tree_at_least_float32
 from conadv_optax.core.types import Attack, Batch, Denominators, Queue
@@ -41,7 +40,8 @@ class ReusedStep(Step):
     assert self.attack.reuse is not None  # `check_reuse` has seen to it.
     part = self.part(call.batch)
     clean = self.leaf.get(part)
-    gradient = jax.tree.map(lambda g, x: g[: x.shape[0]], gradient, clean)
+    size = self.leaf.examples(call.batch)
+    gradient = first_part(gradient, self.fraction, size)
     crafted = self.attack.reuse(gradient, clean)
     crafted = check_crafted(crafted, clean)
     return output, Queue(self.leaf.set(part, crafted), None)

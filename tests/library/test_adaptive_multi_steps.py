@@ -8,6 +8,8 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from meshes import make_mesh, on
 
 import conadv_optax as conadv
 
@@ -104,6 +106,24 @@ def test_a_fixed_number_is_optax_multi_steps():
     )
     wanted, expected = their_update(make_grads(t), expected, PARAMS)
     chex.assert_trees_all_close(updates, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_on_explicit_axes_outside_of_jit():
+  mesh = make_mesh(4, kind=AxisType.Explicit)
+  w = on(mesh, np.arange(4, dtype=np.float32), 'data')
+  tx = conadv.adaptive_multi_steps(optax.sgd(0.1))
+  state = tx.init(w)
+  for count, updates in ((2, 0.0), (2, -0.1), (1, -0.1)):
+    got, state = tx.update(w, state, w, micro_batches=jnp.int32(count))
+    np.testing.assert_allclose(got, updates * np.arange(4), rtol=1e-6)
+    assert got.sharding == w.sharding
+
+
+def test_parameters_that_are_integers_have_a_sum_too():
+  state = conadv.adaptive_multi_steps(optax.sgd(0.1)).init(
+    {'count': jnp.ones(3, jnp.int32)}
+  )
+  assert state.gradients['count'].dtype == jnp.float32
 
 
 def test_bfloat16_gradients_are_summed_in_float32():

@@ -209,3 +209,15 @@ def test_no_second_moment_is_an_error():
   with pytest.raises(ValueError) as error:
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
   assert_says(error, 'second_moment=True')
+
+
+def test_its_state_says_what_is_like_the_parameters():
+  tx = conadv.agvm(optax.adam(1.0), groups=2, anchor='head')
+  state = tx.init(PARAMS)
+  marked = optax.tree_map_params(tx, lambda x: 'like', state)
+  assert marked.factors == state.factors
+  assert set(jax.tree.leaves((marked.inner[0].mu, marked.inner[0].nu))) == {
+    'like'
+  }
+  with pytest.raises(ValueError, match="Given 'head'; the parameters"):
+    tx.update({}, tx.init({}), {}, second_moment={})

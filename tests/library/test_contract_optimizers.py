@@ -66,6 +66,17 @@ def test_optimizer_ignores_unknown_arguments(case):
 
 
 @transformations
+def test_optimizer_says_what_of_its_state_is_like_the_parameters(case):
+  tx, params = case.make(), make_params()
+  state = tx.init(params)
+  marked = optax.tree_map_params(tx, lambda x: 'like', state)
+  shapes = [x.shape for x in jax.tree.leaves(params)]
+  leaves = zip(jax.tree.leaves(marked), jax.tree.leaves(state), strict=True)
+  found = [x.shape for mark, x in leaves if isinstance(mark, str)]
+  assert found == shapes * (len(found) // len(shapes))
+
+
+@transformations
 def test_optimizer_is_a_link_of_a_chain(case):
   tx, params = case.make(), make_params()
   chained = optax.chain(optax.clip(0.01), tx, optax.scale(0.5))

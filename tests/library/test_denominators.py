@@ -430,6 +430,39 @@ def test_a_batch_of_padding_alone_is_no_gradient():
     np.testing.assert_array_equal(grads, 0)
 
 
+def test_statistics_of_padding_alone_stay_as_they_are():
+  batch = {**BATCHES[0], 'mask': np.zeros((BATCH, TOKENS), np.float32)}
+  padded_first = {**batch, 'mask': np.ones((BATCH, TOKENS), np.float32)}
+  padded_first['mask'][[0, 1, 2, 3]] = 0
+  mean = jnp.full(FEATURES, 5.0)
+  both = conadv.dual_bn.Branched(mean, {'adversarial': mean})
+  shared = {'has_state': True, 'has_aux': True, 'denominator': denominator}
+  plain = conadv.plain(with_statistics, **shared)
+  wrapped = conadv.wrap(
+    with_statistics,
+    0,
+    attack=conadv.fgsm(EPSILON),
+    inputs='x',
+    adversarial_fraction=0.25,
+    **shared,
+  )
+
+  def state_after(grad_fn, batch, state):
+    memory = grad_fn.init(START, [], model_state=state)
+    return grad_fn.value_and_grad(START, memory, batch, model_state=state)[0][
+      1
+    ].model_state
+
+  for groups in ('micro-batches', 'devices'):
+    found = state_after(GROUPS[groups](plain), batch, mean)
+    np.testing.assert_array_equal(found, mean)
+  # What is attacked is padding in every micro-batch, and the rest is not.
+  found = state_after(GROUPS['micro-batches'](wrapped), padded_first, both)
+  np.testing.assert_array_equal(found.branches['adversarial'], mean)
+  seen = padded_first['x'][4:].mean(axis=(0, 1))
+  np.testing.assert_allclose(found.main, 2.5 + 0.5 * seen, rtol=1e-5)
+
+
 @pytest.mark.parametrize('direction', ['current', 'past'])
 def test_each_group_goes_ahead_by_its_own_gradient(direction):
   """However few of its tokens are real."""

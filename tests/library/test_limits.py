@@ -66,6 +66,7 @@ def seen_by(weights, traced, spread=lambda fn: fn):
     ({'main': 0.0, 'adversarial': 1.0}, 2),
     ({'main': 0.0, 'adversarial': 0.0, 'extra': 1.0}, 5),
     ({'main': 0.0, 'adversarial': 1.0, 'extra': 0.0}, 2),
+    ({'main': 0.0, 'adversarial': 1.0, 'extra': 1.0}, 2),
     ({'main': 1.0, 'adversarial': 0.0, 'extra': 1.0}, 1),
     # Nobody has weight: as ever, that of the main branch.
     ({'main': 0.0, 'adversarial': 0.0}, 1),

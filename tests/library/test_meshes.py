@@ -49,7 +49,7 @@ def make_advprop():
     grouped_loss,
     attack=conadv.fgsm(0.1),
     has_state=True,
-    adversarial_fraction=0.5,
+    adversarial_fraction=0.29,
   )
 
 
@@ -86,7 +86,9 @@ def after(outer, inner):
 # devices and of micro-batches on each.
 WRAPPERS = {
   'wrap, 0.29': (make_wrap(adversarial_fraction=0.29), same, same, 1, 1),
-  'wrap, reuse': (make_wrap(reuse_gradient=True), same, same, 1, 1),
+  'wrap, reuse, 0.29': (
+    make_wrap(reuse_gradient=True, adversarial_fraction=0.29),
+    same, same, 1, 1),
   'devices': (make_wrap(), devices, micro(8), 8, 1),
   'devices, fraction and reuse': (
     make_wrap(2, reuse_gradient=True, adversarial_fraction=0.5),
@@ -195,6 +197,71 @@ def test_a_part_of_a_batch_on_any_mesh(fraction, count, kind):
   np.testing.assert_allclose(got['image'], image, rtol=1e-6)
   assert got['image'].sharding.is_equivalent_to(
     NamedSharding(mesh, P('data')), 2
+  )
+
+
+@pytest.mark.parametrize('fraction', [0.25, 0.29])
+@pytest.mark.parametrize('kind', ['reuse', 'Fast AdvProp'])
+def test_a_part_of_a_batch_outside_of_jit(kind, fraction):
+  grad_fn = (
+    conadv.fast_advprop(
+      grouped_loss,
+      attack=conadv.fgsm(0.1),
+      has_state=True,
+      adversarial_fraction=fraction,
+    )
+    if kind == 'Fast AdvProp'
+    else make_wrap(reuse_gradient=True, adversarial_fraction=fraction)
+  )
+
+  def step(model, batch):
+    params, model_state = model
+    state = grad_fn.init(
+      params, [batch] * grad_fn.staleness, model_state=model_state
+    )
+    return grad_fn.value_and_grad(
+      params, state, batch, model_state=model_state
+    )[:2]
+
+  mesh, [batch] = make_mesh(8, kind=AxisType.Explicit), make_batches(1)
+  with jax.set_mesh(mesh):
+    got = step(on(mesh, make_model()), on(mesh, batch, 'data'))
+  chex.assert_trees_all_close(got, step(make_model(), batch), **CLOSE)
+
+
+def every_second(fn):
+  return conadv.wrap(fn, attack=conadv.fgsm(0.1), inputs=(), every=2)
+
+
+def hessian_times_ones(fn):
+  def product(w, batch):
+    matvec = conadv.hessian.operator(fn, w, batch, micro_batches=2)
+    return matvec(jnp.ones_like(w))
+
+  return product
+
+
+@pytest.mark.parametrize('made', [micro(2), every_second, hessian_times_ones])
+def test_loops_and_turns_in_a_shard_map_of_the_users_own(made):
+  found = made(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2))
+
+  def value(w, x):
+    w = w[0]  # One for each device, so that no gradient is a sum over them.
+    if made is hessian_times_ones:
+      return found(w, x)
+    state = found.init(w, [x] * found.staleness)
+    return found.value_and_grad(w, state, x)[0][0][None]
+
+  w, x = np.float32([[1, -2, 3, 0]] * 2), make_batches(1)[0]['image']
+  each = jax.shard_map(
+    value,
+    mesh=make_mesh(2),
+    in_specs=P('data'),
+    out_specs=P('data'),
+  )
+  expected = [jax.jit(value)(w[:1], half) for half in np.split(x, 2)]
+  np.testing.assert_allclose(
+    jax.jit(each)(w, x), np.concatenate(expected), rtol=1e-5
   )
 
 

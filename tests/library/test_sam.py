@@ -638,3 +638,11 @@ def test_what_looksam_reuses_is_no_rounding_where_there_is_a_denominator():
   chex.assert_trees_all_close(
     grads.astype(jnp.float32), params.astype(jnp.float32), rtol=0.02
   )
+
+
+def test_no_parameters_have_no_gradient():
+  grad_fn = conadv.sam(lambda params, batch: jnp.mean(batch), 0.1)
+  (loss, _), grads, _ = grad_fn.value_and_grad(
+    {}, grad_fn.init({}, []), jnp.ones(3)
+  )
+  assert (float(loss), grads) == (1.0, {})
