@@ -1,8 +1,10 @@
 """How a command begins and ends."""
 
+import importlib.util
 import io
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,7 +60,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   """Runs a command, in place of `app.run`.
 
   A `Mistake` ends in its message on standard error and status 2, and so do
-  flags that cannot be read. Any other error is ours and has a traceback.
+  flags that cannot be read and what the library refuses. Any other error is
+  ours and has a traceback.
 
   Args:
     main: takes the program's name in a list; all else must be flags.
@@ -70,6 +73,24 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(main, flags_parser=_parse)
   except Mistake as mistake:
     _end(mistake)
+  except (TypeError, ValueError) as error:
+    if not _is_of_the_library(error):
+      raise
+    _end(
+      Mistake(
+        f'{error} The library says so, whose arguments are fields of the '
+        'config: likely one of `--config.methods`. `--debug` shows where.'
+      )
+    )
+
+
+def _is_of_the_library(error: Exception) -> bool:
+  """Whether the library raised it, which it does at its edge alone."""
+  *_, frame = traceback.extract_tb(error.__traceback__)
+  library = importlib.util.find_spec('conadv_optax')
+  return library is not None and Path(frame.filename).is_relative_to(
+    Path(library.origin or '').parent
+  )
 
 
 def define_config(
@@ -121,8 +142,8 @@ def _explain(error: Exception) -> Mistake:
   if isinstance(error, AttributeError) and isinstance(inner, KeyError):
     field, _, hint = inner.args[0].partition('\n')
     return Mistake(f'The config has no field {field}. {hint}'.rstrip())
-  # The lines before are a traceback.
-  reason = str(error).splitlines()[-1].strip()
+  # The lines before are a traceback. A bare assertion says nothing.
+  reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
   if isinstance(error, flags.Error):
     return Mistake(f'{reason}\n`--help` names the flags.')
   return Mistake(f'The config cannot be read. {reason}\n`--debug` shows where.')

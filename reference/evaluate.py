@@ -30,9 +30,11 @@ _BRANCH = flags.DEFINE_string(
 _EPSILON = flags.DEFINE_float(
   'epsilon', 0.0, 'Radius of the attack, for pixels from 0 to 1; 0 for none.'
 )
-_STEPS = flags.DEFINE_integer('steps', 20, 'Steps of the attack.')
+_STEPS = flags.DEFINE_integer(
+  'steps', 20, 'Steps of the attack.', lower_bound=1
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 256, 'Images at once, over all devices.'
+  'batch_size', 256, 'Images at once, over all devices.', lower_bound=1
 )
 _WORST = flags.DEFINE_integer(
   'worst', 10, 'How many of the worst classes are printed.'

@@ -25,8 +25,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
+from reference import command
 from reference.benchmarks import figures, measure, schedule
 from reference.benchmarks.measure import Figures, Net
 from reference.benchmarks.steps import ROWS
@@ -114,8 +115,11 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
   }
   images = {name: images_of(name, own) for name, own in nets.items()}
   known = tables.read_csv(path) if path.exists() else []
+  about = {'net': net.name, 'jax': jax.__version__}
   done = {
-    x['row']: x for x in known if x['images'] == images.get(str(x['row']))
+    x['row']: x
+    for x in known
+    if x['images'] == images.get(str(x['row'])) and about.items() <= x.items()
   }
   for name in _ROWS.value:
     if name in done:
@@ -150,7 +154,7 @@ def complete(results: Sequence[Figures], net: Net, device: Any) -> None:
   for name, row in by_name.items():
     row.setdefault('images', images_of(name, net))
     row['hardware'] = device.device_kind
-    row['jax'] = jax.__version__
+    row['net'], row['jax'] = net.name, jax.__version__
     if 'seconds' in row:
       row['images_per_second'] = row['images'] / row['seconds']
     # A small program may need no memory of its own.
@@ -170,8 +174,8 @@ def print_table(results: Sequence[Figures]) -> None:
   """Two tables in Markdown: beside the plain step, and beside each other."""
   rows: Sequence[dict[str, Any]] = results
   print(
-    f'jax {rows[0]["jax"]}, {rows[0]["hardware"]}, batches of '
-    f'{rows[0]["images"]:.0f} images\n'
+    f'{rows[0]["net"]}, jax {rows[0]["jax"]}, {rows[0]["hardware"]}, batches '
+    f'of {rows[0]["images"]:.0f} images\n'
   )
   tables.print_markdown(
     [
@@ -235,4 +239,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 import conadv_optax as conadv
+from reference import command
 from reference.benchmarks import figures, measure
 from reference.benchmarks.by_hand import plain
 from reference.benchmarks.measure import Figures, Net
@@ -128,4 +129,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

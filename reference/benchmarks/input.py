@@ -41,8 +41,9 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import simplejpeg
-from absl import app, flags, logging
+from absl import flags, logging
 
+from reference import command
 from reference.configs import jpeg_folder
 from reference.data import augment, autoaugment, input_pipeline, jpeg, sources
 
@@ -366,4 +367,4 @@ def report_host(spent: dict[str, np.ndarray], taking: dict[str, float]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

@@ -22,11 +22,13 @@ class Net(NamedTuple):
   """A model and its images.
 
   Attributes:
+    name: in `NETS`.
     model: of the reference pipeline.
     batch_size: images in the batch of a step.
     image_size: their side in pixels.
   """
 
+  name: str
   model: models.ResNet
   batch_size: int
   image_size: int
@@ -34,6 +36,7 @@ class Net(NamedTuple):
 
 NETS = {
   'resnet18': Net(
+    'resnet18',
     # Not with the stem for ImageNet: at 64 pixels it leaves 2 x 2 at the end,
     # and such convolutions take fifty times their arithmetic on a CPU.
     models.ResNet(1000, (2, 2, 2, 2), 64, 'basic', 'small', jnp.float32),
@@ -42,6 +45,7 @@ NETS = {
     image_size=64,
   ),
   'resnet50': Net(
+    'resnet50',
     models.ResNet(
       1000, (3, 4, 6, 3), 64, 'bottleneck', 'imagenet', jnp.bfloat16
     ),
@@ -50,6 +54,7 @@ NETS = {
   ),
   # For the tests.
   'tiny': Net(
+    'tiny',
     models.ResNet(10, (1,), 4, 'basic', 'small', jnp.float32),
     batch_size=24,
     image_size=8,

@@ -284,11 +284,48 @@ def array_record(folder: str) -> Source:
   )
 
 
+def _read_checked(
+  record: Any,
+  *,
+  read: Callable[[Any], tuple[np.ndarray, int]],
+  name: str,
+  channels: int,
+  classes: int,
+) -> tuple[np.ndarray, int]:
+  """Reads a record of the user's own.
+
+  Raises:
+    Mistake: when its image or its label is of another form.
+  """
+  image, label = read(record)
+  dtype, shape = getattr(image, 'dtype', type(image).__name__), np.shape(image)
+  if dtype != np.uint8 or len(shape) != 3:
+    raise Mistake(
+      'A source reads images as uint8 arrays of height, width and channels. '
+      f'Given {name!r}, with one of {dtype} and shape {shape}. Likely '
+      '`np.uint8(np.rint(255 * image))`, or `image[..., None]` if grey.'
+    )
+  if shape[2] != channels:
+    raise Mistake(
+      '`data.mean` and `data.std` have a value for each channel of the images. '
+      f'Given {channels}, and {name!r} with an image of {shape[2]}. Likely '
+      f'`--config.data.mean="{(0.5,) * shape[2]}" '
+      f'--config.data.std="{(0.25,) * shape[2]}"`.'
+    )
+  if not 0 <= label < classes:
+    raise Mistake(
+      f'Labels are places among the {classes} classes, from 0. Given {name!r}, '
+      f'with a label {label}. Likely they are counted from 1: `label - 1`.'
+    )
+  return image, label
+
+
 def _own(config: ml_collections.ConfigDict) -> Source:
   """The source that a function of the user's own returns.
 
   Raises:
-    Mistake: when it is none, is empty, or its first image is of another form.
+    Mistake: when it is none, is empty, or its first record is of another form;
+      later for every other record, when it is read.
   """
   source = named.load(config.source, 'data.source')(config)
   if not isinstance(source, Source):
@@ -303,22 +340,17 @@ def _own(config: ml_collections.ConfigDict) -> Source:
       f'{config.source!r}, with {len(source.train)}, {len(source.held_out)} '
       f'and {len(source.classes)}. Likely its folder is empty or misspelt.'
     )
-  image, label = source.read(source.train[0])
-  form = getattr(image, 'dtype', type(image).__name__), np.shape(image)
-  if form[0] != np.uint8 or len(form[1]) != 3:
-    raise Mistake(
-      'A source reads images as uint8 arrays of height, width and channels. '
-      f'Given {config.source!r}, whose first is {form[0]} of shape {form[1]}. '
-      'Likely `np.uint8(np.rint(255 * image))`, or `image[..., None]` if grey.'
-    )
-  if not 0 <= label < len(source.classes):
-    raise Mistake(
-      f'Labels are places among the {len(source.classes)} classes, from 0. '
-      f'Given {config.source!r}, whose first is {label}. Likely they are '
-      'counted from 1: `label - 1`.'
-    )
+  read = functools.partial(
+    _read_checked,
+    read=source.read,
+    name=config.source,
+    channels=len(config.mean),
+    classes=len(source.classes),
+  )
+  read(source.train[0])
   counts = [f'{len(source.train)} and {len(source.held_out)} images']
   return source._replace(
+    read=read,
     classes=tuple(map(str, source.classes)),
     fingerprint=source.fingerprint
     or fingerprint([*map(str, source.classes), *counts], [], []),
@@ -343,4 +375,4 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     return _own(config)
   if config.source == 'digits':
     return digits()
-  return _KINDS[config.source](os.path.expanduser(config.folder))
+  return _KINDS[config.source](os.path.expanduser(config.get('folder', '')))

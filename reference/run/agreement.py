@@ -4,12 +4,14 @@ Some of it may change on purpose. Then the next checkpoints say what did, and at
 which step.
 """
 
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reference import command
 from reference.data import sources
+from reference.run import methods
 
 # What may be accepted, and the fields of the config that it covers.
 SCHEDULE, DEVICES, DATA = 'schedule', 'devices', 'data'
@@ -164,14 +166,22 @@ def check_config(
   Raises:
     Mistake: naming every field that is not accepted, and how to go on.
   """
+  changed = _changed_fields(stored, config)
+  method = methods.METHODS[config['method']]
+  if DEVICES in accept and DEVICES in changed and method.keeps_groups:
+    then, now = changed[DEVICES]
+    raise command.Mistake(
+      f'`{config["method"]}` keeps a state for each device, so its run goes on '
+      f'with as many. Given {now}; {workdir} holds step {step} of {then}. Take '
+      'as many, or begin another run with its model: '
+      f'`--workdir={workdir}_2 --init_from={workdir}`.'
+    )
   accepted = [
     *(_SCHEDULE_FIELDS if SCHEDULE in accept else ()),
     *((DEVICES,) if DEVICES in accept else ()),
   ]
   refused = {
-    name: values
-    for name, values in _changed_fields(stored, config).items()
-    if name not in accepted
+    name: values for name, values in changed.items() if name not in accepted
   }
   if not refused:
     return
@@ -189,7 +199,7 @@ def check_config(
     )
   else:
     values = [
-      f'`--config.{name}={then}`'
+      f'`--config.{name}={shlex.quote(str(then))}`'
       for name, (then, _) in refused.items()
       if name not in ('processes', DEVICES) and then != _ABSENT
     ]

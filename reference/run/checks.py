@@ -9,6 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from reference.command import Mistake
+from reference.configs import methods as method_numbers
 from reference.data import input_pipeline
 from reference.run import methods, models
 
@@ -115,13 +116,13 @@ _RULES = (
     lambda x: all(0 < part < math.inf for part in x),
     'what pixels from 0 to 1 are divided by, more than 0',
     'Likely they are not to be scaled: 1 for each channel, '
-    '`--config.{field}=(1.0,)`.',
+    '`--config.{field}="(1.0,)"`.',
   ),
   _Rule(
     'model.stage_sizes',
-    lambda x: bool(x) and all(part >= 1 for part in x),
-    'the number of blocks of each stage, 1 or more',
-    _MISTYPED + '(3, 4, 6, 3)`.',
+    lambda x: bool(x) and all(part >= 0 for part in x),
+    'the number of blocks of each stage, 0 or more',
+    _MISTYPED + '"(3, 4, 6, 3)"`.',
   ),
   _Rule(
     'model.filters',
@@ -264,6 +265,20 @@ def _check_price(config: ml_collections.ConfigDict) -> None:
       'images as they are. Given methods.conadv.adversarial_downscale='
       f'{sides[0]} and attack_downscale={sides[1]}. An attack pass can be on '
       'smaller ones: `--config.method=conadv`.'
+    )
+  unused = {
+    name: numbers[name]
+    for name, default in method_numbers.make_section()['conadv'].items()
+    if name != 'shared_norm' and numbers[name] != default
+  }
+  if config.method == 'fast_advprop' and unused:
+    name, given = next(iter(unused.items()))
+    raise Mistake(
+      '`fast_advprop` attacks with the gradient that it trains with, by the '
+      f'numbers of `methods.fast_advprop` alone. Given methods.conadv.{name}='
+      f'{given}. Likely meant for another method: `--config.method=conadv`; '
+      'or, for example, `--config.methods.fast_advprop.adversarial_fraction='
+      '0.35`.'
     )
   if methods.METHODS[config.method].branches and config.data.size % math.prod(
     sides

@@ -6,14 +6,17 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from reference import command
+
+T = TypeVar('T')
 
 _PACKAGES = (
   'jax',
@@ -56,11 +59,26 @@ def start(
       '`--coordinator`, `--num_processes` or `--process_id`: leave out either.'
     )
   if distributed:
-    jax.distributed.initialize(local_device_ids=_local_devices())
-  elif by_hand != (None, None, None):
-    if None in by_hand:
+    try:
+      jax.distributed.initialize(local_device_ids=_local_devices())
+    except ValueError as error:
       raise command.Mistake(
-        'Without `--distributed` a process must be told three things. Given '
+        'With `--distributed` JAX asks a TPU pod, Slurm or MPI for the other '
+        f'processes. Here nothing answers: {error}. Likely this is one host: '
+        'leave the flag out; or tell each process by `--coordinator`.'
+      ) from error
+  elif by_hand != (None, None, None):
+    if (
+      coordinator is None
+      or not coordinator.rpartition(':')[2].isdigit()
+      or num_processes is None
+      or process_id is None
+      or not 0 <= process_id < num_processes
+    ):
+      raise command.Mistake(
+        'Without `--distributed` a process must be told three things: address '
+        'and port of process 0, how many there are, and which it is, from 0. '
+        f'Given '
         f'coordinator={coordinator!r}, num_processes={num_processes!r} and '
         f'process_id={process_id!r}. Write on the second of two hosts '
         '`--coordinator=ADDRESS_OF_THE_FIRST:1234 --num_processes=2 '
@@ -96,6 +114,24 @@ def gather(value: Any) -> list[Any]:
   return [
     json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)
   ]
+
+
+def on_all(call: Callable[[], T]) -> T:
+  """What a call returns here, where it succeeds on every process.
+
+  Raises:
+    Mistake: on every process, where one of them meets a mistake.
+  """
+  try:
+    result, mistake = call(), ''
+  except command.Mistake as error:
+    mistake = str(error)
+  told = gather(mistake)
+  if len(told) > 1:
+    told = [f'Process {i}: {text}' for i, text in enumerate(told) if text]
+  if any(told):
+    raise command.Mistake('\n'.join(told))
+  return result
 
 
 def _version(package: str) -> str:

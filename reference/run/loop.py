@@ -11,7 +11,7 @@ import ml_collections
 
 from reference import command
 from reference.data import jpeg
-from reference.run import hosts, metrics, progress, step, storage
+from reference.run import hosts, metrics, progress, step
 
 # An average over steps already, which may be infinite: where the gradient is
 # lost in the noise.
@@ -147,8 +147,7 @@ def run_steps(
       if evaluate_now:
         row |= evaluation(state)
       progress.tell(bar, row, steps=steps)
-      with storage.explained(workdir):
-        metrics.add(record, row)
+      metrics.add(record, row)
       if save_now or stop_now:
         save(state)
       if stop_now:

@@ -47,6 +47,12 @@ class Method(NamedTuple):
   copies: bool = False
   agents: bool = False
 
+  @property
+  def keeps_groups(self) -> bool:
+    """Whether the state has a part for each group."""
+    kept = 'looksam', 'ssam', 'extrapolate'
+    return self.agents or self.around in kept
+
 
 _CONADV = Method('conadv', branches=('adversarial',))
 

@@ -13,6 +13,7 @@ import tensorboardX
 from matplotlib.figure import Figure
 
 from reference.data import named
+from reference.run import storage
 
 Row = Mapping[str, float]
 
@@ -180,7 +181,8 @@ def add(record: Record, row: Row) -> None:
   record.rows.append(row)
   if record.writers is None:
     return
-  write_rows(record.path, record.rows)
+  with storage.explained(record.path.parent):
+    write_rows(record.path, record.rows)
   scalars = {name: value for name, value in row.items() if name != 'step'}
   for writer in record.writers:
     writer.write_scalars(int(row['step']), scalars)

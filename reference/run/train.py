@@ -225,7 +225,8 @@ def _open_job(
   accept: Collection[str],
 ) -> _Job:
   """Opens the images and makes what is made of a config; checks both."""
-  source = sources.open_source(config.data)
+  # A host may lack the images.
+  source = hosts.on_all(lambda: sources.open_source(config.data))
   checks.check_classes(config, source.num_classes)
   dataset = agreement.describe(source)
   hosts.check_alike({**dataset, 'classes': source.num_classes})

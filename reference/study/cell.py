@@ -177,6 +177,12 @@ def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
       f'flips, or resize without. Given {crop!r} with flip={flip}. Likely it '
       'is the config of another job: `--config.data.crop=pad`.'
     )
+  if method.agents or method.gradient == 'absa':
+    raise Mistake(
+      'A study trains one model, on batches of one size. Given '
+      f'method={config.method!r}. Take the main job: `python -m reference.main '
+      f'--config.method={config.method}`.'
+    )
   if method.images != ('image',):
     raise Mistake(
       'A study has no AutoAugment, which is made on the host. Given '

@@ -138,7 +138,7 @@ def more_trials(
     accuracies: of the trials of peaks, on the validation images.
   """
   return [
-    cell._replace(setting=f'{field}={value}')
+    cell._replace(setting=f'{field}={json.dumps(value)}')
     for cell in best(config, accuracies)
     # Where there was nothing to choose, there is not now.
     if cell in accuracies and cell.variant in config.study.settings

@@ -205,7 +205,7 @@ def price_table(groups: results.Groups, batch_size: int) -> str:
         f'{100 * statistics.fmean(gains):+.2f}' if gains else '',
         error_text(gains),
         f'{100 * statistics.fmean(gains) / statistics.fmean(of_all):.0f}'
-        if gains and of_all
+        if gains and statistics.fmean(of_all or [0])
         else '',
       )
     )

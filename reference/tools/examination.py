@@ -103,6 +103,8 @@ def examine(
   config = ml_collections.ConfigDict(
     {**found.config.to_dict(), 'run': {'threads': _THREADS}}
   )
+  # Whatever its run did: here they are counted.
+  config.data.on_bad_image = 'skip'
   model = parts.make_model(config, num_classes=len(found.classes))
   place = parts.make_placement(parts.make_mesh(batch_size))
   skipped: jpeg.Skipped = {}

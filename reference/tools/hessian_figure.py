@@ -15,7 +15,6 @@ import jax.flatten_util
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags, logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ from matplotlib.figure import Figure
 from conadv_optax import hessian
 from reference import command
 from reference.data import input_pipeline, sources
-from reference.run import checkpoint, models, objective, parts, step
+from reference.run import checkpoint, models, objective, parts, step, trained
 
 _FLOOR = 1e-6
 
@@ -43,23 +42,9 @@ def load(
   batch = place(next(batches))
   batches.close()
   checkpoint.check_config(workdir, config)
-  with checkpoint.open_reader(workdir) as reader:
-    newest = reader.latest_step()
-    if newest is None:
-      raise command.Mistake(
-        f'The Hessian is that of a trained model, and {workdir} holds no '
-        'checkpoint. Train one first: `python -m reference.main '
-        f'--workdir={workdir}`.'
-      )
-    state = reader.restore(
-      newest, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-    ).state
-  # Read without its types, a branched tree is a dict.
-  params, batch_stats = (
-    tree.get('main', tree) for tree in (state['params'], state['model_state'])
-  )
+  found = trained.load(workdir)
   model = parts.make_model(config, num_classes=source.num_classes)
-  return model, params, batch_stats, batch
+  return model, found.params, found.batch_stats, batch
 
 
 def analyse(

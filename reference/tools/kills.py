@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 
+from reference import command
 from reference.tools import tables
 
 _KILLS = flags.DEFINE_integer('kills', 100, 'How many.')
@@ -391,4 +392,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command.run(main)

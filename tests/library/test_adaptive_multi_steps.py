@@ -112,11 +112,12 @@ def test_on_explicit_axes_outside_of_jit():
   mesh = make_mesh(4, kind=AxisType.Explicit)
   w = on(mesh, np.arange(4, dtype=np.float32), 'data')
   tx = conadv.adaptive_multi_steps(optax.sgd(0.1))
-  state = tx.init(w)
-  for count, updates in ((2, 0.0), (2, -0.1), (1, -0.1)):
-    got, state = tx.update(w, state, w, micro_batches=jnp.int32(count))
-    np.testing.assert_allclose(got, updates * np.arange(4), rtol=1e-6)
-    assert got.sharding == w.sharding
+  with jax.set_mesh(mesh):
+    state = tx.init(w)
+    for count, updates in ((2, 0.0), (2, -0.1), (1, -0.1)):
+      got, state = tx.update(w, state, w, micro_batches=jnp.int32(count))
+      np.testing.assert_allclose(got, updates * np.arange(4), rtol=1e-6)
+      assert got.sharding == w.sharding
 
 
 def test_parameters_that_are_integers_have_a_sum_too():

@@ -14,6 +14,7 @@ CONFIG = {
   'method': 'conadv',
   'epochs': 30.0,
   'lars.peak': 8.0,
+  'stages': [1, 1],
   'data.folder': '/mnt/a',
 }
 DATASET = {
@@ -23,6 +24,7 @@ DATASET = {
   'fingerprint': 'f0',
 }
 STORED = agreement.About(CONFIG, DATASET, [])
+STORED_LOOKSAM = STORED._replace(config=CONFIG | {'method': 'conadv_looksam'})
 # As checkpoints were before.
 BARE = agreement.About(
   {name: x for name, x in CONFIG.items() if name != 'devices'}, None, []
@@ -96,6 +98,11 @@ def test_fields_that_came_later_say_what_was_done_without():
     ({'method': 'sam', 'epochs': 1.0}, (), r"given 'sam'.*--workdir=runs/1_2"),
     ({'processes': 2}, ('devices', 'data', 'schedule'), 'processes: given 2'),
     ({'new_field': 1}, (), "new_field: given 1, stored 'nothing'"),
+    (
+      {'stages': [2, 2]},
+      (),
+      r"`--config\.stages='\[1, 1\]'`",
+    ),
   ],
 )
 def test_another_config_is_refused(changes, accept, message):
@@ -107,6 +114,8 @@ def test_another_config_is_refused(changes, accept, message):
 def test_on_purpose_it_is_not():
   check(accept=('schedule',), epochs=60.0, **{'lars.peak': 4.0})
   check(accept=('devices',), devices=4)
+  with pytest.raises(command.Mistake, match=r'7 of 8.*--init_from=runs/1'):
+    check(STORED_LOOKSAM, ('devices',), devices=4, method='conadv_looksam')
   check(accept=('devices', 'schedule'), devices=4, epochs=60.0)
   check_images(('data',), images=66, fingerprint='f1')
 

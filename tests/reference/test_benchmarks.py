@@ -17,10 +17,10 @@ FIGURES = ('seconds', 'flops', 'memory_bytes', 'compile_seconds')
 
 # The commands define the same flags.
 COMMAND = """
-from absl import app
+from reference import command
 from reference.benchmarks import measure, {command}
 {before}
-app.run({command}.main)
+command.run({command}.main)
 """
 
 
@@ -67,7 +67,7 @@ class Dense(nn.Module):
     x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
     return nn.Dense(self.num_classes, name='head')(nn.Dense({hidden})(x))
 
-measure.NETS['tiny'] = measure.Net(Dense(), {IMAGES}, image_size=8)
+measure.NETS['tiny'] = measure.Net('tiny', Dense(), {IMAGES}, 8)
 """
 
 
@@ -290,10 +290,17 @@ rows = [
     'memory_bytes': 2.0**20,
     'schedule': 'other:1',
   }}
-  for name, megacycles in (('plain', 100.0), ('ConAdv', 250.0))
+  for name, megacycles in (
+    ('plain', 100.0),
+    ('ConAdv', 250.0),
+    ('AdvProp', 200.0),
+    ('sam', 190.0),
+  )
 ]
 device = types.SimpleNamespace(device_kind='TPU v5 lite')
 cost.complete(rows, measure.NETS['tiny'], device)
+# Of another net, and of another compiler.
+rows[2]['net'], rows[3]['jax'] = 'resnet18', '0.4.1'
 tables.write_csv(Path({path!r}), rows)
 """
 
@@ -308,10 +315,11 @@ def test_what_the_csv_has_is_not_compiled_again(tmp_path):
     '--rows=plain',
     before=WITHOUT_SECONDS.format(path=path),
   )
-  header, _, plain, conadv = printed.splitlines()[2:6]
+  header, _, plain, conadv, after = printed.splitlines()[2:7]
   assert header == (
     '|  | FLOPs / plain | Mcycles | Mcycles / plain | MiB | MiB / plain |'
   )
   assert plain == '| plain | 1.00 | 100 | 1.00 | 1 | 1.00 |'
   assert conadv == '| ConAdv | 1.00 | 250 | 2.50 | 1 | 1.00 |'
+  assert after == ''
   check_figure(tmp_path, 'cost_v5e_2x2')

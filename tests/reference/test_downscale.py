@@ -95,3 +95,5 @@ def test_what_cannot_be_downscaled_is_refused(name):
   with pytest.raises(Mistake, match=f'{name}.*Given 0'):
     checks.check_numbers(tiny(**{field: 0}))
   checks.check_choices(tiny('vanilla', **{field: 3}))
+  with pytest.raises(Mistake, match=f'fast_advprop.*{name}=2.*conadv'):
+    checks.check_choices(tiny('fast_advprop', **{field: 2}))

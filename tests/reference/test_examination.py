@@ -28,7 +28,7 @@ def make_model():
           'folder': '',
           'size': 4,
           'eval_crop': 'resize',
-          'on_bad_image': 'skip',
+          'on_bad_image': 'stop',
           'mean': [0.5] * 3,
           'std': [0.25] * 3,
         },

@@ -59,7 +59,7 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
     }
   )
   config.model = {'build': 'digit_steps:Small'}
-  with pytest.raises(ValueError, match='holds no checkpoint'):
+  with pytest.raises(ValueError, match='holds neither'):
     hessian_figure.load(config, tmp_path)
   train.train(config, tmp_path)
   model, params, batch_stats, batch = hessian_figure.load(config, tmp_path)

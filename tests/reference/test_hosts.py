@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from run_folders import read_csv, steps_saved
 from tiny_runs import flags, make_targets, tiny
 
+from reference.command import Mistake
 from reference.run import hosts, parts, storage, train
 
 STEPS = 24
@@ -299,6 +300,14 @@ def test_one_process_is_alike_and_sees_its_folder(tmp_path):
     ({'num_processes': 2, 'process_id': 0}, 'coordinator=None.*--coordinator='),
     ({'coordinator': 'a:1', 'num_processes': 2}, 'process_id=None'),
     ({'distributed': True, 'process_id': 0}, 'finds the other processes'),
+    (
+      {'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2},
+      'process_id=2',
+    ),
+    (
+      {'coordinator': 'a', 'num_processes': 2, 'process_id': 1},
+      "coordinator='a'",
+    ),
   ],
 )
 def test_flags_that_do_not_belong_together(flags, message):
@@ -310,6 +319,29 @@ def test_flags_that_do_not_belong_together(flags, message):
   }
   with pytest.raises(ValueError, match=message):
     hosts.start(**{**given, **flags})
+
+
+def test_a_process_that_finds_no_others(monkeypatch):
+  # As in a process that has just begun.
+  monkeypatch.setattr(xla_bridge, 'backends_are_initialized', lambda: False)
+  with pytest.raises(Mistake, match=r'nothing answers: .*leave the flag out'):
+    hosts.start(
+      distributed=True, coordinator=None, num_processes=None, process_id=None
+    )
+
+
+def test_what_one_process_lacks_stops_all(monkeypatch):
+  def lacks():
+    raise Mistake('There is no folder.')
+
+  assert hosts.on_all(lambda: 3) == 3
+  with pytest.raises(Mistake, match=r'^There is no folder\.$'):
+    hosts.on_all(lacks)
+  monkeypatch.setattr(hosts, 'gather', lambda value: ['', value or 'None.'])
+  with pytest.raises(Mistake, match=r'^Process 1: There is no folder\.$'):
+    hosts.on_all(lacks)
+  with pytest.raises(Mistake, match=r'^Process 1: None\.$'):
+    hosts.on_all(lambda: 3)
 
 
 def test_one_process_needs_no_flags(monkeypatch):

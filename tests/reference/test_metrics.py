@@ -184,6 +184,10 @@ def test_a_writer_of_ones_own(tmp_path, monkeypatch):
   assert fake.said == [
     'digits', tmp_path.name, (20, {'epoch': 2.0, 'loss': 0.5}), 'closed'
   ]  # fmt: skip
+  # It may write anywhere, so an error of its own is no fault of the folder.
+  fake.write_scalars = lambda *_: Path('/no/such/file').read_text()
+  with pytest.raises(FileNotFoundError):
+    metrics.add(record, row(40, loss=0.4))
   config.run.writer = 'my_fake_metrics:Fack'
   with pytest.raises(
     ValueError, match=r'config\.run\.writer=my_fake_metrics:Fake'

@@ -86,9 +86,10 @@ def test_a_function_that_reads():
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
-    ('in_floats', r'first is float64 of shape \(8, 8, 3\).*np\.uint8'),
-    ('without_channels', r'of shape \(8, 8\)\. Likely .*\[\.\.\., None\]'),
-    ('from_one', 'from 0. Given .*whose first is 2. Likely .*label - 1'),
+    ('in_floats', r'float64 and shape \(8, 8, 3\).*np\.uint8'),
+    ('without_channels', r'shape \(8, 8\)\. Likely .*\[\.\.\., None\]'),
+    ('grey', r'an image of 1\. Likely `--config\.data\.mean="\(0\.5,\)"'),
+    ('from_one', 'from 0. Given .*a label 2. Likely .*label - 1'),
     ('empty', 'with 0, 1 and 2'),
     ('no_source', r'returns a list. Write `return sources\.Source'),
     ('misspelt', 'no such name'),
@@ -97,6 +98,11 @@ def test_a_function_that_reads():
 def test_what_is_no_source(name, message):
   with pytest.raises(Mistake, match=message):
     sources.open_source(ml_collections.ConfigDict(make_config(name).data))
+
+
+def test_a_record_of_another_form_is_refused_when_it_is_read():
+  with pytest.raises(Mistake, match=r'a label 2\. Likely .*label - 1'):
+    take(make_config('late_from_one'), batches=2)
 
 
 def test_the_sources_of_the_readme(tmp_path, monkeypatch):

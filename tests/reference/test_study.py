@@ -290,6 +290,26 @@ def test_a_number_of_its_own_is_tried_at_the_best_peak(
     assert not ran
 
 
+def test_a_setting_may_be_any_value():
+  config = make_config()
+  trial = grid.Cell('vanilla', 8, 1.0, 0, final=False)
+  for field, value, text in (
+    ('methods.conadv.targets', 'none', '"none"'),
+    ('data.flip', True, 'true'),
+    ('lars.weight_decay', 5e-4, '0.0005'),
+  ):
+    config.study.settings = {'vanilla': (field, value)}
+    config.study.variants, config.study.batch_sizes = ('vanilla',), (8,)
+    config.study.peaks = ((1.0, 2.0),)
+    [cell] = grid.more_trials(config, {trial: 0.5})
+    assert cell.setting == f'{field}={text}'
+    found = grid.cell_config(config, cell)
+    part, name = field.rsplit('.', 1)
+    for key in part.split('.'):
+      found = found[key]
+    assert found[name] == value
+
+
 def test_a_row_has_the_numbers_of_its_own_attack():
   config = make_config(method='conadv')
   config.methods.fast_advprop.epsilon = 2.0

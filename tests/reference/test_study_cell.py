@@ -241,6 +241,8 @@ def test_a_run_that_diverges_has_a_row(one_device):
     ({'data.crop': 'random_resized'}, '--config.data.crop=pad'),
     ({'data.flip': True}, '--config.data.crop=pad'),
     ({'method': 'conadv_autoaugment'}, '--config.data.crop=pad'),
+    ({'method': 'absa'}, 'reference.main --config.method=absa'),
+    ({'method': 'diffusion'}, 'reference.main --config.method=diffusion'),
     ({'method': 'vrgd'}, '--config.accumulate'),
     (
       {'method': 'batch_augment', 'data.crop': 'pad'},

@@ -327,14 +327,19 @@ def test_an_argument_without_dashes_is_refused():
 
 
 @pytest.mark.parametrize(
-  ('flag', 'message'),
+  ('flags', 'message'),
   [
-    ('--config.batchsize=3', 'Did you mean "batch_size"'),
-    ('--config.batch_size=0', '`batch_size` is a number of images'),
+    (['--config.batchsize=3'], 'Did you mean "batch_size"'),
+    (['--config.batch_size=0'], '`batch_size` is a number of images'),
+    # The library sees to this.
+    (
+      ['--config.method=sam', '--config.methods.sam.radius=-1.0'],
+      'radius=-1.0. It is a distance',
+    ),
   ],
 )
-def test_a_mistake_has_a_traceback_on_demand_alone(flag, message, tmp_path):
-  command = ('-m', 'reference.main', flag, f'--workdir={tmp_path}')
+def test_a_mistake_has_a_traceback_on_demand_alone(flags, message, tmp_path):
+  command = ('-m', 'reference.main', *flags, f'--workdir={tmp_path}')
   result = forked_commands.run(*command)
   assert result.returncode == 2
   assert message in result.stderr

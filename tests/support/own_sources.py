@@ -65,6 +65,15 @@ def from_one(config):
   return sources.Source([(np.zeros((8, 8, 3), np.uint8), 2)], [0], CLASSES)
 
 
+def late_from_one(config):
+  records = [(np.zeros((8, 8, 3), np.uint8), 1 + i % 2) for i in range(8)]
+  return sources.Source(records, records, CLASSES)
+
+
+def grey(config):
+  return sources.Source([(np.zeros((8, 8, 1), np.uint8), 0)], [0], CLASSES)
+
+
 def empty(config):
   return sources.Source([], [0], CLASSES)
 
