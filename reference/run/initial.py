@@ -52,7 +52,10 @@ def _changed_fields(
   then: ml_collections.ConfigDict, now: ml_collections.ConfigDict
 ) -> list[str]:
   """What a model computes beside its parameters."""
-  before, after = checkpoint.fields(then), checkpoint.fields(now)
+  # Configs of before that was a field had this padding.
+  before, after = (
+    {'model.padding': 'same', **checkpoint.fields(x)} for x in (then, now)
+  )
   return [
     f'{name} {before.get(name)!r} -> {after.get(name)!r}'
     for name in sorted(before | after)

@@ -23,6 +23,7 @@ import jax
 import ml_collections
 import tqdm
 
+from reference.command import Mistake
 from reference.configs import methods
 from reference.run import checkpoint
 from reference.run import methods as run_methods
@@ -56,7 +57,14 @@ def cell_config(
 ) -> ml_collections.ConfigDict:
   """The config of one run, which `reference.main` takes too."""
   config = config.copy_and_resolve_references()
-  config.update(config.study.overrides[cell.variant])
+  known = config.study.overrides
+  if cell.variant not in known:
+    raise Mistake(
+      '`study.variants` are names in `study.overrides`: '
+      f'{", ".join(sorted(known))}. Given {cell.variant!r}. Likely misspelt, '
+      'or of another config: `--config=`.'
+    )
+  config.update(known[cell.variant])
   config.batch_size, config.seed = cell.batch_size, cell.seed
   config.lars.peak = float(cell.peak)
   if cell.setting:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_study import make_config, use_one_device
 
+from reference.command import Mistake
 from reference.study import cell as study_cell
 from reference.study import grid, record
 
@@ -288,6 +289,12 @@ def test_a_number_of_its_own_is_tried_at_the_best_peak(
     ran.clear()
     grid.run(config, folder, command=COMMAND)
     assert not ran
+
+
+def test_a_variant_that_is_not_there():
+  cell = grid.Cell('vanila', 8, 1.0, 0, final=False)
+  with pytest.raises(Mistake, match=r"vanilla.*Given 'vanila'\. Likely"):
+    grid.cell_config(make_config(), cell)
 
 
 def test_a_setting_may_be_any_value():
