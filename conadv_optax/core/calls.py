@@ -107,12 +107,24 @@ def gradient_function(
   )
 
 
-def around(made: Any, grad_fn: GradientFunction) -> GradientFunction:
+def around(made: Any) -> GradientFunction:
   """Of a `pytree` that is as stale as the `grad_fn` in it."""
-  has_denominators = grad_fn.denominators is not None
+  inner = made.grad_fn
   return gradient_function(
-    made, grad_fn.staleness, has_denominators=has_denominators
+    made, inner.staleness, has_denominators=inner.denominators is not None
   )
+
+
+@pytree('grad_fn')
+class Around:
+  """What holds the state of a gradient function as the `inner` of its own."""
+
+  grad_fn: GradientFunction
+
+  def denominators(self, state: Any, batch: Batch) -> Denominators:
+    """What the losses of a step are divided by."""
+    assert self.grad_fn.denominators is not None
+    return self.grad_fn.denominators(state.inner, batch)
 
 
 def _init(

@@ -30,6 +30,13 @@ class Leaf(NamedTuple):
     return jax.tree.leaves(self.get(batch))[0].shape[0]
 
 
+def tree_of(mask: Any, params: Any) -> Any:
+  """A mask, or what it makes of the parameters."""
+  # A module can be called, and is a tree all the same.
+  is_function = callable(mask) and jax.tree_util.all_leaves([mask])
+  return mask(params) if is_function else mask
+
+
 def key_name(entry: Any) -> Any:
   """The plain key of an entry of a `jax.tree_util` key path."""
   for attribute in ('key', 'name', 'idx'):

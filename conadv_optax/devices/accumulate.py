@@ -88,7 +88,7 @@ def accumulate(
   check_count('micro_batches', micro_batches)
   grad_fn = as_gradient_function(grad_fn)
   made = _Accumulate(grad_fn, micro_batches, second_moment, unroll)
-  return around(made, grad_fn)
+  return around(made)
 
 
 @pytree('grad_fn')

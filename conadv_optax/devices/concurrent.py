@@ -119,7 +119,7 @@ def concurrent(
     )
   _check_roles(mesh, data_axis, role_axis, attackers)
   made = _Concurrent(grad_fn, mesh, data_axis, role_axis, attackers)
-  return around(made, grad_fn)
+  return around(made)
 
 
 @pytree('grad_fn')

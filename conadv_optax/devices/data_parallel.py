@@ -101,7 +101,7 @@ def data_parallel(
       f'(jax.device_count(),), ({axes[0] if axes else "data"!r},))`.'
     )
   grad_fn = as_gradient_function(grad_fn)
-  return around(_DataParallel(grad_fn, mesh, axes, second_moment), grad_fn)
+  return around(_DataParallel(grad_fn, mesh, axes, second_moment))
 
 
 @pytree('grad_fn')

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.calls import Call, around, pytree, share_of_mean
+from conadv_optax.core.calls import (
+  Around,
+  Call,
+  around,
+  pytree,
+  share_of_mean,
+)
 from conadv_optax.core.numeric import (
   ascent,
   cast_like,
@@ -23,8 +29,6 @@ from conadv_optax.core.numeric import (
   zeros_like,
 )
 from conadv_optax.core.types import (
-  Batch,
-  Denominators,
   GradientFunction,
   LossFn,
   PerGroup,
@@ -135,12 +139,11 @@ def extrapolate(
       check_scalar('extrapolation', extrapolation)
     rate, extrapolation = extrapolation, None
   made = _Extrapolate(grad_fn, rate, extrapolation, direction)
-  return around(made, grad_fn)
+  return around(made)
 
 
 @pytree('grad_fn', 'rate')
-class _Extrapolate:
-  grad_fn: GradientFunction
+class _Extrapolate(Around):
   rate: Any
   transformation: optax.GradientTransformation | None
   direction: str
@@ -157,10 +160,6 @@ class _Extrapolate:
       PerGroup(zeros) if self.direction == 'past' else (),
       PerGroup(self.tx.init(tree_at_least_float32(call.params))),
     )
-
-  def denominators(self, state: ExtrapolateState, batch: Batch) -> Denominators:
-    assert self.grad_fn.denominators is not None
-    return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ExtrapolateState]:
     state, call = call.state, call._replace(state=call.state.inner)

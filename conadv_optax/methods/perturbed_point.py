@@ -17,6 +17,7 @@ from conadv_optax.core.numeric import (
   tree_at_least_float32,
   unit,
 )
+from conadv_optax.core.paths import tree_of
 from conadv_optax.core.types import GradientFunction, PerGroup
 
 Adaptive = Literal['layer', 'element'] | None
@@ -127,9 +128,7 @@ def _across(reduce: Callable[..., Any], axis: Axis, x: Any, method: str) -> Any:
 
 def resolve_mask(mask: Mask, params: Any) -> Any:
   """The mask as a full tree of bools or of arrays of bools."""
-  # A module can be called, and is a tree all the same.
-  is_function = callable(mask) and jax.tree_util.all_leaves([mask])
-  tree = mask(params) if is_function else mask
+  tree = tree_of(mask, params)
   for leaf in jax.tree.leaves(tree):
     if jnp.result_type(leaf) != jnp.bool_:
       raise TypeError(

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Around, Call, around, pytree
 from conadv_optax.core.numeric import (
   add_scale,
   cast_like,
@@ -30,8 +31,6 @@ from conadv_optax.core.numeric import (
   zeros_like,
 )
 from conadv_optax.core.types import (
-  Batch,
-  Denominators,
   GradientFunction,
   LossFn,
 )
@@ -228,12 +227,11 @@ def sam(
     every,
     axis,
   )
-  return around(made, grad_fn)
+  return around(made)
 
 
 @pytree('grad_fn', 'radius', 'reuse_weight', 'penalty', 'mask', 'gap_weight')
-class _Sam:
-  grad_fn: GradientFunction
+class _Sam(Around):
   radius: ArrayLike
   reuse_weight: ArrayLike
   penalty: ArrayLike
@@ -250,10 +248,6 @@ class _Sam:
       return SamState(inner, (), ())
     direction = zeros_like(tree_at_least_float32(call.params))
     return SamState(inner, jnp.zeros([], jnp.int32), hold(self.axis, direction))
-
-  def denominators(self, state: SamState, batch: Batch) -> Denominators:
-    assert self.grad_fn.denominators is not None
-    return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
     state, call = call.state, call._replace(state=call.state.inner)
@@ -292,11 +286,11 @@ class _Sam:
     )
     old = held(self.axis, state.direction)
     beside = _orthogonal(sharp_gradient, gradient, rounding)
-    direction = _where(is_due, beside, old)
+    direction = optax.tree.where(is_due, beside, old)
     length = norm(gradient)
     length *= jnp.asarray(self.reuse_weight, length.dtype)
     reused = add_scale(gradient, length, unit(direction))
-    there = _where(is_due, sharp_gradient, reused)
+    there = optax.tree.where(is_due, sharp_gradient, reused)
     mixed = self._mix(gradient, there, rounding)
     phase = (state.phase + 1) % self.every
     new_state = SamState(inner, phase, hold(self.axis, direction))
@@ -317,10 +311,6 @@ class _Sam:
 
   def _mean(self, tree: Any) -> Any:
     return mean_over(self.axis, tree, 'sam')
-
-
-def _where(condition: jax.Array, x: Any, y: Any) -> Any:
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
 def _rounding(params: Any) -> float:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from conadv_optax.core.calls import Call, around, pytree
+from conadv_optax.core.calls import Around, Call, around, pytree
 from conadv_optax.core.micro_batches import cut, part_of
 from conadv_optax.core.numeric import (
   abs_sq,
@@ -26,8 +26,6 @@ from conadv_optax.core.numeric import (
   zeros_like,
 )
 from conadv_optax.core.types import (
-  Batch,
-  Denominators,
   GradientFunction,
   LossFn,
 )
@@ -166,12 +164,11 @@ def sparse_sam(
     refresh_every,
     axis,
   )
-  return around(made, grad_fn)
+  return around(made)
 
 
 @pytree('grad_fn', 'radius', 'fisher', 'drop_rate')
-class _SparseSam:
-  grad_fn: GradientFunction
+class _SparseSam(Around):
   radius: ArrayLike
   fisher: GradientFunction | None
   drop_rate: optax.ScalarOrSchedule | None
@@ -192,10 +189,6 @@ class _SparseSam:
     return SparseSamState(
       inner, jnp.zeros([], jnp.int32), hold(self.axis, mask)
     )
-
-  def denominators(self, state: SparseSamState, batch: Batch) -> Denominators:
-    assert self.grad_fn.denominators is not None
-    return self.grad_fn.denominators(state.inner, batch)
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SparseSamState]:
     state, call = call.state, call._replace(state=call.state.inner)

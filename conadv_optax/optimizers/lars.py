@@ -23,6 +23,7 @@ from conadv_optax.core.numeric import (
   check_no_schedule,
   check_not_negative,
 )
+from conadv_optax.core.paths import tree_of
 from conadv_optax.optimizers.masks import (
   TAKEN_FOR_A_SCHEDULE,
   exclude_norm_and_bias,
@@ -268,9 +269,7 @@ def _resolve(mask: Any, params: optax.Params) -> Any:
     )
   if mask is None:
     mask = exclude_norm_and_bias
-  # A module can be called, and is a tree all the same.
-  is_function = callable(mask) and jax.tree_util.all_leaves([mask])
-  tree = mask(params) if is_function else mask
+  tree = tree_of(mask, params)
   wrong = [
     leaf
     for leaf in jax.tree.leaves(tree)
