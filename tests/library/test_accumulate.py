@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import in_parts, init_model, loss_fn, make_batch
-from jax.sharding import AxisType
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
@@ -25,15 +25,6 @@ def make_grad_fn(kind):
     attack=conadv.pgd(0.1, random_start=kind != 'reuse'),
     has_state=True,
     **KINDS[kind],
-  )
-
-
-def make_mesh(devices=COUNT):
-  return jax.make_mesh(
-    (devices,),
-    ('data',),
-    (AxisType.Auto,),
-    devices=jax.devices()[:devices],
   )
 
 
@@ -70,7 +61,7 @@ def test_micro_batches_are_devices(kind):
   grad_fn = make_grad_fn(kind)
   one, state = run(conadv.accumulate(grad_fn, COUNT))
   many, on_devices = run(
-    conadv.data_parallel(grad_fn, make_mesh()), parts=COUNT
+    conadv.data_parallel(grad_fn, make_mesh(COUNT)), parts=COUNT
   )
   chex.assert_trees_all_close(one, many, **CLOSE)
   rings = jax.tree.map(
@@ -130,7 +121,7 @@ def test_the_second_moment_is_that_of_the_groups(where):
   grad_fn = {
     'micro-batches': lambda: conadv.accumulate(loss, 8, second_moment=True),
     'devices': lambda: conadv.data_parallel(
-      loss, make_mesh(), second_moment=True
+      loss, make_mesh(COUNT), second_moment=True
     ),
     'both': lambda: conadv.data_parallel(
       conadv.accumulate(loss, 4, second_moment=True), make_mesh(2)

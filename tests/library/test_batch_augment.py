@@ -8,15 +8,12 @@ import pytest
 from helpers import init_model, loss_fn, make_batch, plain_step
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 KEY = jax.random.key(0)
-
-
-def make_mesh(axis_type=AxisType.Auto):
-  return jax.make_mesh((8,), ('data',), (axis_type,))
 
 
 def jitter(key, example):
@@ -121,7 +118,7 @@ def test_micro_batches_are_copies():
 @pytest.mark.slow
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
 def test_on_devices_a_group_holds_examples_of_one_copy(axis_type):
-  mesh, copies = make_mesh(axis_type), 2
+  mesh, copies = make_mesh(8, kind=axis_type), 2
   plain = conadv.plain(loss_fn, has_state=True)
   grad_fn = conadv.data_parallel(conadv.accumulate(plain, copies), mesh)
   augment = conadv.batch_augment(jitter, copies)
@@ -159,7 +156,7 @@ def test_one_copy_as_it_is_makes_the_plain_step():
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
-    (lambda f: conadv.data_parallel(f, make_mesh()), 'the 8 devices'),
+    (lambda f: conadv.data_parallel(f, make_mesh(8)), 'the 8 devices'),
     (lambda f: conadv.accumulate(f, 8), 'the 8 micro-batches'),
   ],
 )

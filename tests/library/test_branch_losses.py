@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from error_checks import assert_says
-from jax.sharding import AxisType
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
@@ -209,13 +209,6 @@ def embedding_step():
   return losses, total
 
 
-def mesh(*shape, names=('data',)):
-  devices = jax.devices()[: int(np.prod(shape))]
-  return jax.make_mesh(
-    shape, names, (AxisType.Auto,) * len(shape), devices=devices
-  )
-
-
 @pytest.mark.parametrize(
   ('wrapper', 'reuse'),
   [
@@ -238,10 +231,8 @@ def test_an_added_leaf_is_perturbed_at_the_embedding(wrapper, reuse):
   grad_fn = {
     'none': lambda fn: fn,
     'accumulate': lambda fn: conadv.accumulate(fn, 3),
-    'devices': lambda fn: conadv.data_parallel(fn, mesh(4)),
-    'roles': lambda fn: conadv.concurrent(
-      fn, mesh(2, 3, names=('data', 'role'))
-    ),
+    'devices': lambda fn: conadv.data_parallel(fn, make_mesh(4)),
+    'roles': lambda fn: conadv.concurrent(fn, make_mesh(2, 3)),
   }[wrapper](grad_fn)
   params = {'table': TABLE, 'w': W}
   batch = {'t': TOKENS, 'y': Y}

@@ -11,20 +11,12 @@ import pytest
 from helpers import init_model, loss_fn, make_batch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
 CLOSE = {'rtol': 2e-5, 'atol': 5e-6}
 RANDOM = conadv.pgd(0.1, start_from_clean=0.3, targets=conadv.random_targets(3))
-
-
-def make_mesh(rows, roles, axis_type=AxisType.Auto):
-  return jax.make_mesh(
-    (rows, roles),
-    ('data', 'role'),
-    axis_types=(axis_type,) * 2,
-    devices=jax.devices()[: rows * roles],
-  )
 
 
 def noisy_loss(params, model_state, batch, *, key):
@@ -302,7 +294,7 @@ def test_attackers_alone_attack_and_trainers_alone_train():
   ],
 )
 def test_runs_on_any_mesh_with_and_without_jit(shape, axis_type, jit):
-  mesh = make_mesh(*shape, axis_type)
+  mesh = make_mesh(*shape, kind=axis_type)
   grad_fn = conadv.concurrent(
     conadv.wrap(
       lambda w, batch: jnp.mean((w * batch['x']) ** 2),

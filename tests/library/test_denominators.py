@@ -10,6 +10,7 @@ from error_checks import assert_says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
@@ -76,30 +77,27 @@ BATCHES = [
 ]
 
 
-def mesh(*shape, names=('data',), kind=AxisType.Auto):
-  devices = jax.devices()[: int(np.prod(shape))]
-  return jax.make_mesh(shape, names, (kind,) * len(shape), devices=devices)
-
-
 GROUPS = {
   'one': lambda fn: fn,
   'micro-batches': lambda fn: conadv.accumulate(fn, 4),
   'as many as examples': lambda fn: conadv.accumulate(fn, BATCH),
-  'devices': lambda fn: conadv.data_parallel(fn, mesh(4)),
+  'devices': lambda fn: conadv.data_parallel(fn, make_mesh(4)),
   'explicit': lambda fn: conadv.data_parallel(
-    fn, mesh(4, kind=AxisType.Explicit)
+    fn, make_mesh(4, kind=AxisType.Explicit)
   ),
   'two axes': lambda fn: conadv.data_parallel(
-    fn, mesh(2, 2, names=('data', 'fsdp')), axis=('data', 'fsdp')
+    fn, make_mesh(2, 2, names=('data', 'fsdp')), axis=('data', 'fsdp')
   ),
-  'both': lambda fn: conadv.data_parallel(conadv.accumulate(fn, 3), mesh(4)),
+  'both': lambda fn: conadv.data_parallel(
+    conadv.accumulate(fn, 3), make_mesh(4)
+  ),
   'the other way round': lambda fn: conadv.accumulate(
-    conadv.data_parallel(fn, mesh(4)), 3
+    conadv.data_parallel(fn, make_mesh(4)), 3
   ),
-  'roles': lambda fn: conadv.concurrent(fn, mesh(2, 3, names=('data', 'role'))),
+  'roles': lambda fn: conadv.concurrent(fn, make_mesh(2, 3)),
   'sam within': lambda fn: conadv.accumulate(conadv.sam(fn, 0.0), 4),
   'extrapolated': lambda fn: conadv.data_parallel(
-    conadv.extrapolate(fn, 0.0), mesh(4)
+    conadv.extrapolate(fn, 0.0), make_mesh(4)
   ),
 }
 
@@ -334,7 +332,9 @@ def test_a_second_moment_is_a_mean_by_the_same_weights():
   batch['mask'][:3] = 0  # The first device has padding alone.
   batch['mask'][3:6, 2:] = 0
   grad_fn = conadv.data_parallel(
-    conadv.plain(loss_fn, denominator=denominator), mesh(4), second_moment=True
+    conadv.plain(loss_fn, denominator=denominator),
+    make_mesh(4),
+    second_moment=True,
   )
   (_, aux), grads, _ = grad_fn.value_and_grad(
     START, grad_fn.init(START, []), batch
@@ -382,7 +382,7 @@ def test_second_moments_with_64_bits_enabled(groups, dtype, masked):
     grad_fn = {
       'micro-batches': lambda: conadv.accumulate(loss, 4, second_moment=True),
       'devices': lambda: conadv.data_parallel(
-        loss, mesh(4), second_moment=True
+        loss, make_mesh(4), second_moment=True
       ),
     }[groups]()
     batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
@@ -471,7 +471,7 @@ def test_each_group_goes_ahead_by_its_own_gradient(direction):
     conadv.extrapolate(
       conadv.plain(loss_fn, denominator=denominator), ahead, direction=direction
     ),
-    mesh(4),
+    make_mesh(4),
   )
   batch = {**BATCHES[0], 'mask': np.ones((BATCH, TOKENS), np.float32)}
   batch['mask'][[0, 1, 5]] = 0

@@ -1,22 +1,13 @@
 """Wrong meshes, and wrong batches for them, are told at trace time."""
 
-import math
-
 import jax
 import pytest
 from error_checks import assert_says, call, wrap
 from helpers import init_model, loss_fn, make_batch
 from jax.sharding import AxisType
+from meshes import make_mesh
 
 import conadv_optax as conadv
-
-
-def make_mesh(rows, roles, names=('data', 'role')):
-  shape = (rows, roles)[: len(names)]
-  devices = jax.devices()[: math.prod(shape)]
-  return jax.make_mesh(
-    shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices
-  )
 
 
 @pytest.mark.parametrize('attackers', [0, -1, 3, 4, 1.5])
@@ -39,7 +30,9 @@ def test_rows_without_attackers_or_with_too_few_trainers(attackers):
 )
 def test_a_mesh_without_roles(names, kwargs):
   with pytest.raises(ValueError) as error:
-    conadv.concurrent(wrap(), make_mesh(2, 4, names), **kwargs)
+    conadv.concurrent(
+      wrap(), make_mesh(*(2, 4)[: len(names)], names=names), **kwargs
+    )
   assert_says(error, 'two axes', str(names), "('data', 'role'))`")
 
 
@@ -83,7 +76,7 @@ def test_a_batch_that_the_trainers_do_not_divide(size):
   'spread',
   [
     lambda grad_fn: conadv.concurrent(grad_fn, make_mesh(1, 4)),
-    lambda grad_fn: conadv.data_parallel(grad_fn, make_mesh(4, 1, ('data',))),
+    lambda grad_fn: conadv.data_parallel(grad_fn, make_mesh(4)),
     lambda grad_fn: conadv.accumulate(grad_fn, 4),
   ],
   ids=['concurrent', 'data_parallel', 'accumulate'],

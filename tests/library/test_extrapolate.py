@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import in_parts, init_model, loss_fn, make_batch, plain_step
-from jax.sharding import AxisType
+from meshes import make_mesh
 from optax._src.transform import ScaleByOptimisticGradientState
 from public_names import make_batch as make_regression
 from public_names import make_params, plain_loss
@@ -267,12 +267,6 @@ def test_loss_and_statistics_are_those_ahead_and_move_once(direction):
   assert not np.array_equal(points[-1], params['head']['bias'])
 
 
-def make_mesh(devices=8):
-  return jax.make_mesh(
-    (devices,), ('data',), (AxisType.Auto,), devices=jax.devices()[:devices]
-  )
-
-
 def run_regression(grad_fn, steps=3, size=16, parts=1):
   batches = [
     in_parts(make_regression(t, size=size), parts) for t in range(steps)
@@ -302,7 +296,7 @@ EXTRAPOLATIONS = {
 @pytest.mark.parametrize('extrapolation', list(EXTRAPOLATIONS))
 def test_on_devices_each_goes_ahead_by_itself(extrapolation):
   grad_fn = conadv.extrapolate(plain_loss, EXTRAPOLATIONS[extrapolation])
-  got, state = run_regression(conadv.data_parallel(grad_fn, make_mesh()))
+  got, state = run_regression(conadv.data_parallel(grad_fn, make_mesh(8)))
 
   gradient = jax.jit(jax.grad(plain_loss))
   params = make_params()

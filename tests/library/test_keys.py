@@ -129,7 +129,7 @@ GROUPS = {
     8,
   ),
   'roles': (
-    lambda fn: conadv.concurrent(fn, make_mesh(2, 3, names=('data', 'role'))),
+    lambda fn: conadv.concurrent(fn, make_mesh(2, 3)),
     4,
   ),
 }

@@ -252,7 +252,7 @@ wrap = functools.partial(
   conadv.wrap, regression, attack=conadv.fgsm(0.1), has_state=True
 )
 explicit = make_mesh(4, kind=AxisType.Explicit)
-roles = make_mesh(1, 5, names=('data', 'role'), kind=AxisType.Explicit)
+roles = make_mesh(1, 5, kind=AxisType.Explicit)
 MESHES = {'devices': explicit, 'LookSAM': explicit, 'roles': roles}
 WRAPPERS = {
   'plain': lambda: conadv.plain(regression, has_state=True),

@@ -66,7 +66,7 @@ def micro(number):
 
 
 def roles(fn):
-  mesh = make_mesh(2, 4, names=('data', 'role'), kind=AxisType.Explicit)
+  mesh = make_mesh(2, 4, kind=AxisType.Explicit)
   return conadv.concurrent(fn, mesh)
 
 

@@ -41,7 +41,7 @@ WRAPPERS = LOSSES | {
     for name, take in TAKERS.items()
   },
   'concurrent': lambda fn: conadv.concurrent(
-    LOSSES['wrap'](fn), make_mesh(1, 4, names=('data', 'role'))
+    LOSSES['wrap'](fn), make_mesh(1, 4)
   ),
 }
 wrappers = pytest.mark.parametrize('name', list(WRAPPERS))
@@ -179,7 +179,7 @@ USES = {
   'roles': lambda attack: call(
     conadv.concurrent(
       conadv.wrap(loss_fn, attack=attack),
-      make_mesh(1, 2, names=('data', 'role')),
+      make_mesh(1, 2),
     )
   ),
 }
@@ -321,7 +321,7 @@ def test_a_loss_that_talks_to_attackers():
 
   grad_fn = conadv.concurrent(
     conadv.wrap(loss_fn, attack=conadv.fgsm(0.1)),
-    make_mesh(2, 3, names=('data', 'role')),
+    make_mesh(2, 3),
   )
   w, batch = jnp.ones((4, 3)), {'image': jnp.ones((24, 4))}
   with pytest.raises(ValueError, match="over the axis 'role'"):

@@ -8,6 +8,7 @@ import pytest
 from helpers import init_model, loss_fn, make_batch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 
 import conadv_optax as conadv
 
@@ -18,10 +19,6 @@ KINDS = {
   'fraction': {'staleness': 1, 'adversarial_fraction': 0.5},
 }
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
-
-
-def make_mesh(axis_type=AxisType.Auto):
-  return jax.make_mesh((DEVICES,), ('data',), axis_types=(axis_type,))
 
 
 def make_grad_fn(kind, attack=None):
@@ -85,7 +82,7 @@ def assert_shardings_equal(first, second):
 def test_jit_over_a_sharded_batch_is_the_single_device_run(kind, axis_type):
   grad_fn, batches = make_grad_fn(kind), make_batches()
   single, _ = run(grad_fn, batches)
-  sharded, states = run(grad_fn, batches, make_mesh(axis_type))
+  sharded, states = run(grad_fn, batches, make_mesh(DEVICES, kind=axis_type))
   chex.assert_trees_all_close(sharded, single, **CLOSE)
   assert_shardings_equal(states[0], states[-1])
   if kind != 'fraction':
@@ -129,7 +126,7 @@ def test_data_parallel_is_a_loop_over_the_shards(kind):
   # What an explicit mesh changes does not depend on the kind.
   axis_types = [AxisType.Auto, AxisType.Explicit][: 1 + (kind == 'stale')]
   for axis_type in axis_types:
-    parallel = conadv.data_parallel(grad_fn, make_mesh(axis_type))
+    parallel = conadv.data_parallel(grad_fn, make_mesh(DEVICES, kind=axis_type))
     assert parallel.staleness == grad_fn.staleness
     result, states = run(parallel, make_batches())
     chex.assert_trees_all_close(result, expected, **CLOSE)
@@ -146,7 +143,7 @@ def test_data_parallel_statistics_are_not_those_of_the_whole_batch():
   # Otherwise the test above could not tell the two apart.
   batches = make_batches(2)
   grad_fn = make_grad_fn('advprop')
-  parallel, _ = run(conadv.data_parallel(grad_fn, make_mesh()), batches)
+  parallel, _ = run(conadv.data_parallel(grad_fn, make_mesh(DEVICES)), batches)
   whole, _ = run(grad_fn, batches)
   assert abs(float(parallel[0] - whole[0])) > 1e-3
 
@@ -159,7 +156,7 @@ def test_runs_without_jit_too():
       attack=conadv.fgsm(0.1),
       inputs='x',
     ),
-    make_mesh(),
+    make_mesh(DEVICES),
   )
   w, first, second = (
     jnp.float32(2),
@@ -178,7 +175,7 @@ def test_each_device_draws_its_own_key():
     attack=conadv.Attack(lambda key, grad, x: x + jax.random.uniform(key)),
     inputs='x',
   )
-  parallel = conadv.data_parallel(grad_fn, make_mesh())
+  parallel = conadv.data_parallel(grad_fn, make_mesh(DEVICES))
   state = parallel.init(
     jnp.ones([]), [{'x': jnp.zeros(16)}], key=jax.random.key(0)
   )
@@ -199,7 +196,7 @@ def test_users_aux_is_averaged_summed_or_put_together():
 
   grad_fn = conadv.data_parallel(
     conadv.wrap(with_aux, 0, attack=conadv.fgsm(0.0), inputs='x', has_aux=True),
-    make_mesh(),
+    make_mesh(DEVICES),
   )
   x = jnp.arange(16.0)
   (_, aux), _, _ = jax.jit(grad_fn.value_and_grad)(
@@ -226,7 +223,7 @@ def test_counters_in_the_model_state_keep_their_value_and_dtype():
     conadv.wrap(
       counting, 0, attack=conadv.fgsm(0.0), inputs='x', has_state=True
     ),
-    make_mesh(),
+    make_mesh(DEVICES),
   )
   (_, aux), _, _ = grad_fn.value_and_grad(
     jnp.ones([]),
@@ -243,7 +240,7 @@ def test_the_mean_is_taken_in_float32():
     return jnp.mean(w * x), {'mean': jnp.mean(x)}
 
   grad_fn = conadv.data_parallel(
-    conadv.plain(loss, has_state=True), make_mesh()
+    conadv.plain(loss, has_state=True), make_mesh(DEVICES)
   )
   w = jnp.ones([], jnp.float16)
   (_, aux), grads, _ = jax.jit(grad_fn.value_and_grad)(
@@ -261,7 +258,7 @@ def test_the_mean_is_taken_in_float32():
 
 @pytest.mark.parametrize('size', [4, 12, 0])
 def test_a_batch_that_the_devices_do_not_divide_is_an_error(size):
-  grad_fn = conadv.data_parallel(make_grad_fn('fraction'), make_mesh())
+  grad_fn = conadv.data_parallel(make_grad_fn('fraction'), make_mesh(DEVICES))
   params, model_state = init_model()
   with pytest.raises(ValueError, match='multiple of the 8 devices'):
     grad_fn.init(params, [make_batch(0, size=size)], model_state=model_state)
@@ -269,4 +266,6 @@ def test_a_batch_that_the_devices_do_not_divide_is_an_error(size):
 
 def test_an_axis_that_the_mesh_does_not_have_is_an_error():
   with pytest.raises(ValueError, match="axis='batch'"):
-    conadv.data_parallel(make_grad_fn('stale'), make_mesh(), axis='batch')
+    conadv.data_parallel(
+      make_grad_fn('stale'), make_mesh(DEVICES), axis='batch'
+    )

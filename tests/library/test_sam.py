@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import in_parts, init_model, loss_fn, make_batch
-from jax.sharding import AxisType
+from meshes import make_mesh
 from public_names import make_batch as make_regression
 from public_names import make_params, plain_loss
 
@@ -17,12 +17,6 @@ from conadv_optax.methods.perturbed_point import perturbed
 CLOSE = {'rtol': 2e-5, 'atol': 2e-6}
 MATRIX = np.array([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
 RADIUS, RATE = 0.3, 0.1
-
-
-def make_mesh(devices=8):
-  return jax.make_mesh(
-    (devices,), ('data',), (AxisType.Auto,), devices=jax.devices()[:devices]
-  )
 
 
 def quadratic(params, center):
@@ -457,7 +451,7 @@ def run(grad_fn, steps=4, size=32, parts=1):
 @pytest.mark.parametrize('every', [1, 2])
 def test_on_devices_each_perturbs_by_its_own_gradient(every):
   got, state = run(
-    conadv.data_parallel(conadv.sam(plain_loss, 0.2, every=every), make_mesh())
+    conadv.data_parallel(conadv.sam(plain_loss, 0.2, every=every), make_mesh(8))
   )
   grad_fn = conadv.sam(plain_loss, 0.2, every=every)
   step = jax.jit(grad_fn.value_and_grad)
@@ -487,7 +481,7 @@ def test_on_devices_each_perturbs_by_its_own_gradient(every):
 def test_with_an_axis_devices_perturb_as_one(kwargs):
   every = kwargs.get('every', 1)
   together = conadv.sam(plain_loss, 0.2, axis='data', **kwargs)
-  got, state = run(conadv.data_parallel(together, make_mesh()))
+  got, state = run(conadv.data_parallel(together, make_mesh(8)))
   whole, expected = run(conadv.sam(plain_loss, 0.2, **kwargs))
   chex.assert_trees_all_close(got, whole, **CLOSE)
   if every > 1:
@@ -496,7 +490,7 @@ def test_with_an_axis_devices_perturb_as_one(kwargs):
     )
   if every > 1:
     apart = conadv.sam(plain_loss, 0.2, **kwargs)
-    alone, _ = run(conadv.data_parallel(apart, make_mesh()))
+    alone, _ = run(conadv.data_parallel(apart, make_mesh(8)))
     difference = optax.tree.norm(optax.tree.sub(alone, whole))
     assert difference > 1e-3, 'Otherwise this could not tell the two apart.'
 
@@ -505,9 +499,9 @@ def test_with_an_axis_statistics_stay_those_of_a_device():
   # A step that is parallel inside of `sam` has one gradient to perturb by.
   plain = conadv.plain(loss_fn, has_state=True)
   inside = conadv.data_parallel(
-    conadv.sam(plain, 0.5, axis='data'), make_mesh()
+    conadv.sam(plain, 0.5, axis='data'), make_mesh(8)
   )
-  outside = conadv.sam(conadv.data_parallel(plain, make_mesh()), 0.5)
+  outside = conadv.sam(conadv.data_parallel(plain, make_mesh(8)), 0.5)
   chex.assert_trees_all_close(*first_calls(inside, outside, size=32), **CLOSE)
 
 

@@ -113,7 +113,7 @@ def on_devices(grad_fn, how, kind):
   if how == 'data_parallel':
     return conadv.data_parallel(grad_fn, make_mesh(4, kind=kind))
   if how == 'concurrent':
-    mesh = make_mesh(2, 4, names=('data', 'role'), kind=kind)
+    mesh = make_mesh(2, 4, kind=kind)
     return conadv.concurrent(grad_fn, mesh)
   return grad_fn
 

@@ -323,7 +323,7 @@ def test_trainers_of_different_rows_may_talk(kind):
       history.append((loss, grads))
     return history
 
-  mesh = make_mesh(2, 3, names=('data', 'role'), kind=kind)
+  mesh = make_mesh(2, 3, kind=kind)
   w = np.random.default_rng(3).normal(size=(FEATURES, 3)).astype(np.float32)
   got = two(functools.partial(conadv.concurrent, mesh=mesh), on(mesh, w))
   four = functools.partial(conadv.data_parallel, mesh=make_mesh(4))

@@ -338,7 +338,7 @@ def test_groups_of_lines_of_unequal_length_are_one_batch(wrapper, reuse):
   elif wrapper == 'micro-batches':
     grad_fn = conadv.accumulate(grad_fn, 4)
   else:
-    mesh = make_mesh(2, 3, names=('data', 'role'))
+    mesh = make_mesh(2, 3)
     grad_fn = conadv.concurrent(grad_fn, mesh)
   chex.assert_trees_all_close(
     gradients_of(grad_fn), on_one_device(reuse), rtol=2e-3, atol=1e-5

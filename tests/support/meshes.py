@@ -12,8 +12,8 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 BATCH, FEATURES = 32, 4
 
 
-def make_mesh(*shape, names=('data',), kind=AxisType.Auto):
-  devices = jax.devices()[: math.prod(shape)]
+def make_mesh(*shape, names=('data', 'role'), kind=AxisType.Auto):
+  devices, names = jax.devices()[: math.prod(shape)], names[: len(shape)]
   return jax.make_mesh(shape, names, (kind,) * len(shape), devices=devices)
 
 

@@ -1,11 +1,10 @@
-"""A small net, its dense Hessian, and eight devices for it."""
+"""A small net and its dense Hessian."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType
 
 
 def random_arrays(seed, *shapes):
@@ -37,7 +36,3 @@ def dense_hessian(params, batch):
   flat, unravel = ravel_pytree(params)
   dense = jax.jit(jax.hessian(lambda w: net_loss(unravel(w), batch)))
   return np.asarray(dense(flat))
-
-
-def mesh_of_eight(axis_type=AxisType.Auto):
-  return jax.make_mesh((8,), ('data',), axis_types=(axis_type,))
