@@ -142,8 +142,9 @@ def split(
       'A norm layer is recognised by an entry of `model_state` at the path of '
       f'its parameters, and none of the {len(paths)} parameters (the first: '
       f'{paths[:3]}) has one. If the norm layers keep no state, say which they '
-      "are: `split(..., is_norm=lambda path, leaf: 'norm' in str(path))`; if "
-      'they have no scale and bias, `split(..., affine=False)`.'
+      "are: `split(..., is_norm=lambda path, leaf: 'norm' in "
+      'str(path).lower())`; if they have no scale and bias, `split(..., '
+      'affine=False)`.'
     )
   own = jax.tree.map(
     lambda leaf, is_own: jnp.copy(leaf) if is_own else None, params, chosen

@@ -74,9 +74,9 @@ def fast_fgsm(
 
   .. math::
 
-    \hat x = \Pi\left(x + u + 1.25\,\epsilon\,
-      \mathrm{sign}(\nabla_x L(x + u))\right),
-    \qquad u \sim U(-\epsilon, \epsilon)
+    \hat x = \Pi\left(x_0 + 1.25\,\epsilon\,
+      \mathrm{sign}(\nabla_x L(x_0))\right),
+    \qquad x_0 = \Pi(x + u), \qquad u \sim U(-\epsilon, \epsilon)
 
   Training on these examples alone can lose robustness within an epoch;
   `overfitting_guard` notices it.

@@ -56,17 +56,18 @@ def pgd(
 
   .. math::
 
-    \hat x_0 = x + u, \qquad
+    \hat x_0 = \Pi(x + u), \qquad
     \hat x_{i+1} = \Pi\left(\hat x_i + \alpha\, d(\nabla_x L(\hat x_i))\right)
 
-  where :math:`u` is uniform in the ball, :math:`d(g)` is
-  :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of each example
-  for 'l2', and :math:`\Pi` projects to the ball of radius `epsilon` around
-  :math:`x`, then to `bounds`. In 'l2' Foolbox and torchattacks do the same; ART
-  and CleverHans take the bounds first. With `targets` the step descends towards
-  the target instead of climbing away from the label. An example whose gradient
-  is zero, or holds a NaN, takes no step. If entries of a gradient are infinite,
-  a step in 'l2' goes along these alone, equally far along each.
+  where :math:`u` is uniform in the ball (0 without a random start),
+  :math:`d(g)` is :math:`\mathrm{sign}(g)` for 'linf' and :math:`g / \|g\|_2` of
+  each example for 'l2', and :math:`\Pi` projects to the ball of radius
+  `epsilon` around :math:`x`, then to `bounds`. In 'l2' Foolbox and torchattacks
+  do the same; ART and CleverHans take the bounds first. With `targets` the step
+  descends towards the target instead of climbing away from the label. An
+  example whose gradient is zero, or holds a NaN, takes no step. If entries of a
+  gradient are infinite, a step in 'l2' goes along these alone, equally far
+  along each.
 
   If `inputs` are several leaves, an example spans all of them, as if they were
   concatenated: one ball, one norm.

@@ -106,8 +106,8 @@ def absa(
     (`hessian.top_eigenpairs`) on one fixed batch, with the model in evaluation
     mode. An eigenvalue that is negative, zero or not finite says nothing about
     a flatter loss: it is never compared and never becomes the reference, but
-    the evaluation counts. With `shrink` and `patience` None and no adversarial
-    evaluations it is plain training.
+    the evaluation counts. With `shrink=None`, `patience=None` and
+    `adversarial_evaluations=0` it is plain training.
 
   Raises:
     TypeError: for a number of things that is not an int, or an `update` with

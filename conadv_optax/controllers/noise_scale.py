@@ -142,7 +142,7 @@ def noise_scale(
     return NoiseScaleState(*(jnp.zeros([], jnp.float32) for _ in range(3)))
 
   def update_fn(
-    grads: Any, state: NoiseScaleState, *, second_moment: Any
+    grads: Any, state: NoiseScaleState, *, second_moment: Any = None
   ) -> tuple[jax.Array, NoiseScaleState]:
     call = 'tracker.update(grads, state, second_moment=aux.second_moment)'
     check_order(call, state, NoiseScaleState)

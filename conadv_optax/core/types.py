@@ -96,10 +96,11 @@ class Passes(NamedTuple):
   Attributes:
     craft: `craft(params, model_state, batch, key)`, the attack pass: the
       adversarial inputs of a clean batch.
-    train: `train(params, model_state, waiting, key, denominators=None)`, the
-      training passes on a clean batch and its adversarial inputs, a `Queue`
-      without the leading axis of the ring. Returns `(loss, aux), grads`; with
-      `denominators`, as a group's part of a mean.
+    train: `train(params, model_state, waiting, key, denominators)`, all by
+      position and the last one or none, the training passes on a clean batch
+      and its adversarial inputs, a `Queue` without the leading axis of the
+      ring. Returns `(loss, aux), grads`; with `denominators`, as a group's part
+      of a mean.
     clean: `clean(batch)`, the inputs that `craft` perturbs.
   """
 

@@ -34,9 +34,10 @@ def float32_point(tree: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
       raise TypeError(
         'Curvature is taken in floating leaves alone. Leaf '
-        f'{list(path)} is {describe(x)}. If it is a counter, leave '
-        'it out of the parameters and close over it in `loss_fn`; if it is '
-        'complex, where the Hessian is no matrix, pass its parts: `(x.real, '
-        'x.imag)`.'
+        f'{list(path)} is {describe(x)}. If it is raw pixels, make them '
+        "floats: `batch['image'].astype(jnp.float32) / 255`. If it is a "
+        'counter, leave it out of the parameters and close over it in '
+        '`loss_fn`; if it is complex, where the Hessian is no matrix, pass its '
+        'parts: `(x.real, x.imag)`.'
       )
   return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), tree)

@@ -59,7 +59,8 @@ def sharpness(
   steps: where the gradient is nearly across the steepest curvature, the default
   number can stop a tenth below.
 
-  The paper takes a box around each weight; this takes one ball for all weights.
+  The paper takes a box around each weight, and 100 times this value; this takes
+  one ball for all weights.
   A net with rectifiers can be rescaled without a change of its output, but its
   sharpness changes. So compare sharpness between runs of one model, at a radius
   in proportion to the norm of the parameters.

@@ -117,12 +117,14 @@ def top_eigenpairs(
   space = float32_point(like)
   check_count('iterations', iterations)
   check_count('n', n)
-  iterations = min(iterations, optax.tree.size(space))
+  size = optax.tree.size(space)
+  iterations = min(iterations, size)
   if n > iterations:
     raise ValueError(
       'As many eigenpairs can be found as there are products, and not more '
       f'than there are dimensions. Given n={n} for {iterations} iterations in '
-      f'{optax.tree.size(space)} dimensions. Write `iterations={2 * n}`.'
+      f'{size} dimensions. Write '
+      + (f'`n={size}`.' if n > size else f'`iterations={2 * n}`.')
     )
   start_key, fresh_key = jax.random.split(key)
   start = random_like(start_key, space)

@@ -68,8 +68,8 @@ def concurrent(
   step compiles again.
 
   Args:
-    grad_fn: what `conadv.wrap` returned, with a staleness of at least 1 and
-      without `reuse_gradient`.
+    grad_fn: what `conadv.wrap` itself returned, with a staleness of at least 1,
+      `every=1`, and without `reuse_gradient`.
     mesh: the devices, with these two axes and no other.
     data_axis: the axis of `mesh` along which rows work apart until the
       gradients are summed. It may have length 1.
@@ -85,9 +85,9 @@ def concurrent(
   Raises:
     TypeError: when `grad_fn` is no `GradientFunction`.
     ValueError: when the mesh has other axes, a row has no attacker or more
-      attackers than trainers, `grad_fn` has no attack pass of its own or no
-      staleness, a leaf of a batch does not divide evenly over the trainers, or
-      the loss talks to attackers.
+      attackers than trainers, `grad_fn` cannot be taken apart (its `passes` is
+      None) or has no staleness, a leaf of a batch does not divide evenly over
+      the trainers, or the loss talks to attackers.
 
   Examples:
     >>> import chex, jax, jax.numpy as jnp

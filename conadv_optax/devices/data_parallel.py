@@ -97,8 +97,8 @@ def data_parallel(
   if not axes or not set(axes) <= set(mesh.axis_names):
     raise ValueError(
       '`axis` must be an axis of the mesh, or some of them. Given '
-      f'axis={axis!r} for a mesh with {mesh.axis_names}. Write `jax.make_mesh('
-      f'(jax.device_count(),), ({axes[0] if axes else "data"!r},))`.'
+      f'axis={axis!r} for a mesh with {mesh.axis_names}. Write '
+      f'`axis={mesh.axis_names[0]!r}`.'
     )
   grad_fn = as_gradient_function(grad_fn)
   return around(_DataParallel(grad_fn, mesh, axes, second_moment))

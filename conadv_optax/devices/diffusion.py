@@ -117,8 +117,7 @@ def diffusion(
   if axis not in mesh.axis_names:
     raise ValueError(
       f'`axis` must be an axis of the mesh. Given axis={axis!r} for a mesh '
-      f'with {mesh.axis_names}. Write `jax.make_mesh((jax.device_count(),), '
-      f'({axis!r},))`.'
+      f'with {mesh.axis_names}. Write `axis={mesh.axis_names[0]!r}`.'
     )
   grad_fn = as_gradient_function(grad_fn)
   matrix = _checked(weights, mesh.shape[axis])

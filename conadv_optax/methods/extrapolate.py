@@ -87,14 +87,17 @@ def extrapolate(
   `optax.adam(rate)`; a rate alone is `optax.sgd(rate)`. The formulas with a
   state are this library's.
 
-  To use the optimizer's own momentum :math:`v_t` too, the same for all groups,
-  pass :math:`w_t + \mu v_t` to `value_and_grad` and :math:`w_t` to the
-  optimizer. The gradient is then taken at
-  :math:`w_t + \mu v_t - \hat\gamma d_t`.
+  To use the optimizer's own momentum too, the same for all groups, pass
+  :math:`w_t - \gamma \mu v_t` to `value_and_grad` and :math:`w_t` to the
+  optimizer. Here :math:`v_t` is the trace of `optax.sgd(gamma, mu)`. In
+  `conadv.lars` with 'scaled' the rate is inside :math:`v_t`: pass
+  :math:`w_t - \mu v_t`. The gradient is then taken :math:`\hat\gamma d_t` below
+  that point.
 
   Without groups, 'past' with a rate needs no gradient function:
-  `optax.optimistic_gradient_descent(rate, alpha=1., beta=ahead / rate)` makes
-  the same steps, except the first. Its parameters are the points ahead.
+  `optax.optimistic_gradient_descent(rate, alpha=1., beta=ahead / rate)`, with
+  :math:`\gamma` for `rate` and :math:`\hat\gamma` for `ahead`, makes the same
+  steps, except the first. Its parameters are the points ahead.
 
   Loss, aux, batch statistics and the state inside are those of the pass ahead.
 

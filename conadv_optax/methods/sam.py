@@ -155,9 +155,10 @@ def sam(
     gap_weight: :math:`\alpha_g` of GSAM. None subtracts nothing.
     axis: the axis of the mesh whose devices perturb together, by the mean of
       their gradients, inside `data_parallel` over that axis. The gradient is
-      sent once more for this (twice with `every > 1`). None: each device, and
-      each micro-batch of an `accumulate` outside, perturbs by its own gradient.
-      With `axis`, put `accumulate` inside: its micro-batches perturb together.
+      sent once more for this (twice with `every > 1` or `gap_weight`). None:
+      each device, and each micro-batch of an `accumulate` outside, perturbs by
+      its own gradient. With `axis`, put `accumulate` inside: its micro-batches
+      perturb together.
 
   Returns:
     A `GradientFunction` with the staleness of `grad_fn`, whose gradients have

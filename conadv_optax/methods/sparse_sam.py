@@ -108,7 +108,8 @@ def sparse_sam(
       staleness 0, that gives these gradients, from the same parameters and
       model state. None is `grad_fn`, which must then not split a batch into
       parts. Batch statistics of one example say little: pass a loss in
-      evaluation mode.
+      evaluation mode, or if the step has a model state
+      `conadv.plain(eval_loss, has_state=True)`.
     drop_rate: for 'dynamic': :math:`r_t`, from 0 to 1, or a schedule of the
       steps so far. The paper's is
       `optax.cosine_decay_schedule(0.5, total_steps)`.
@@ -331,7 +332,8 @@ def _of_examples(fisher: GradientFunction | LossFn) -> GradientFunction:
       "`rule='fisher'` takes the gradient of single examples, which cannot "
       f'wait in a queue. Given a gradient function of staleness '
       f'{fisher.staleness}. Say what is looked at, the plain loss most likely: '
-      '`conadv.sparse_sam(grad_fn, radius, fisher=loss_fn, ...)`.'
+      '`fisher=loss_fn`, or with a model state `fisher=conadv.plain(loss_fn, '
+      'has_state=True)`.'
     )
   return fisher
 

@@ -278,7 +278,8 @@ def _resolve(mask: Any, params: optax.Params) -> Any:
   if wrong:
     raise TypeError(
       '`mask` must be made of bools, True where LARS applies. Given a '
-      f'leaf of type {type(wrong[0]).__name__}. {TAKEN_FOR_A_SCHEDULE}'
+      f'leaf of type {type(wrong[0]).__name__}. If it is a tree of arrays, '
+      f'write `mask=jax.tree.map(bool, mask)`. {TAKEN_FOR_A_SCHEDULE}'
     )
   return jax.tree.map(
     lambda chosen, part: jax.tree.map(lambda _: chosen, part), tree, params

@@ -64,7 +64,9 @@ def polynomial_warmup(
     raise ValueError(
       'The warm-up must end before the run does: 0 <= warmup_steps < '
       f'total_steps. Given warmup_steps={warmup_steps}, '
-      f'total_steps={total_steps}. Both are in steps, not in epochs.'
+      f'total_steps={total_steps}. Likely one is in epochs: both are in steps. '
+      'In `legw` a batch k times larger warms up for k times the epochs: lower '
+      '`base_warmup_epochs`, or raise `epochs`.'
     )
   check_not_negative('peak', peak)
   if end is None:

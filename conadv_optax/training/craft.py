@@ -170,6 +170,7 @@ def check_fraction(fraction: Any) -> None:
   if not 0 < fraction <= 1:
     raise ValueError(
       '`adversarial_fraction` is the share of each batch that is attacked, in '
-      f'(0, 1]. Given adversarial_fraction={fraction!r}. To train on clean '
-      'examples alone, leave `wrap` out.'
+      f'(0, 1]. Given adversarial_fraction={fraction!r}. Likely it is in per '
+      'cent: `adversarial_fraction=0.2`. For clean examples alone leave the '
+      'attack out, `conadv.plain(loss_fn)`.'
     )

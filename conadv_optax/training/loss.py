@@ -93,8 +93,10 @@ class Loss:
         f'With has_state={has_state}, has_aux={has_aux}, `loss_fn` must return '
         f'{form}. It returned a {type(output).__name__}{length}. If a second '
         'part is the model state, say `has_state=True`; if it is anything '
-        'else, `has_aux=True`; where there are no such arguments, leave it '
-        'out: `lambda params, batch: loss_fn(params, model_state, batch)[0]`.'
+        'else, `has_aux=True`. Where there are no such arguments, write '
+        '`conadv.plain(loss_fn, has_state=True)` for a gradient function; for '
+        '`perturb`, `sharpness` or `hessian` leave it out: `lambda params, '
+        'batch: loss_fn(params, model_state, batch)[0]`.'
       )
     loss = jnp.asarray(loss)
     if loss.ndim > most_axes or not jnp.issubdtype(loss.dtype, jnp.floating):
@@ -156,7 +158,9 @@ def _check_model_state(params: Any, model_state: Any, has_state: bool) -> None:
   if not has_state and model_state is not None:
     raise ValueError(
       '`model_state` was passed, but `has_state=False` says that `loss_fn` '
-      'takes none. Write `conadv.wrap(loss_fn, has_state=True, ...)`.'
+      'takes none. Say `has_state=True` where `loss_fn` was given. A loss in '
+      '`sam`, `accumulate` and the like goes in as `conadv.plain(loss_fn, '
+      'has_state=True)`.'
     )
   if (
     has_state

@@ -59,8 +59,8 @@ def staleness_report(
   batches, and at the start of training, when parameters move most.
 
   Args:
-    grad_fn: what `conadv.wrap` returned, without `reuse_gradient`. Its own
-      staleness plays no part.
+    grad_fn: what `conadv.wrap` itself returned, with `every=1` and without
+      `reuse_gradient`. Its own staleness plays no part.
     old_params: the parameters of some steps ago, `Branched` or not.
     params: the present parameters, of the same structure.
     batch: a batch as for training.
@@ -73,8 +73,8 @@ def staleness_report(
 
   Raises:
     TypeError: when `grad_fn` is no `GradientFunction`.
-    ValueError: when `grad_fn` has no attack pass of its own, or a key or a
-      model state is missing.
+    ValueError: when `grad_fn` cannot be taken apart (its `passes` is None), or
+      a key or a model state is missing.
 
   Examples:
     >>> import chex, jax.numpy as jnp

@@ -147,10 +147,11 @@ def wrap(
     has_key: whether `loss_fn` also takes `key=`, as for dropout.
     has_branch: whether `loss_fn` also takes `branch=`, what it is called for:
       'main', 'adversarial', the name of an extra branch, or 'attack' for the
-      loss that the attack climbs (with `reuse_gradient` that is 'main'). The
-      attack can then do without label smoothing, use statistics in evaluation
-      mode, or climb another loss than training. For 'attack' `loss_fn` may
-      return the losses of the examples, (batch,), instead of their mean.
+      loss that the attack climbs (with `reuse_gradient` that is 'main', and
+      'attack' in `init` alone). The attack can then do without label smoothing,
+      use statistics in evaluation mode, or climb another loss than training.
+      For 'attack' `loss_fn` may return the losses of the examples, (batch,),
+      instead of their mean.
 
   Returns:
     A `GradientFunction`. Its loss is the weighted sum of the branches' losses
@@ -159,16 +160,18 @@ def wrap(
     every call.
 
   Raises:
-    TypeError: for a staleness that is not an int, integer inputs, an attack
-      that is no `Attack` or returns another shape or dtype, a `loss_fn` that
-      returns something else than it should, a denominator that is no scalar, an
-      NNX module for parameters, a leaf of a batch that is no array, or a state
-      of another gradient function.
+    TypeError: for a staleness or an `every` that is not an int, a weight that
+      is a function, integer inputs, an attack that is no `Attack` or returns
+      another shape or dtype, a `loss_fn` that returns something else than it
+      should, a denominator that is no scalar, an NNX module for parameters, a
+      leaf of a batch that is no array, or a state of another gradient function.
     ValueError: for a negative staleness, an `every` below 1, weights that do
       not match the branches or are not finite numbers of 0 or more, first
       batches of the wrong number or shape, a later batch of another shape, a
-      state of another staleness, a missing key or model state, or a combination
-      that `reuse_gradient` does not allow.
+      state of another staleness, a fraction outside (0, 1], extra branches that
+      do not fit, a missing key, a model state that is missing, not asked for or
+      not split as the parameters are, or a combination that `reuse_gradient`
+      does not allow.
     KeyError: when the batch lacks the leaf `inputs`, or a `Branched` tree lacks
       a branch.
 
