@@ -13,7 +13,6 @@ more than an hour; started again, it goes on after the last row in `--table`.
 It needs libtpu, which holds the compiler: `pip install '.[reference,tpu]'`.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -34,9 +33,8 @@ _TABLE = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Compiles and prints."""
-  del argv
   # Else JAX would look for the TPU whose compiler it finds.
   jax.config.update('jax_platforms', 'cpu')
   if _ALL.value:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 flags.DEFINE_bool('debug', False, 'Shows where a mistake was found.')
@@ -56,7 +56,7 @@ class Mistake(ValueError):
   """What the user can mend: the message alone says what and how."""
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[], None]) -> None:
   """Runs a command, in place of `app.run`.
 
   A `Mistake` ends in its message on standard error and status 2, and so do
@@ -64,13 +64,21 @@ def run(main: Callable[[list[str]], None]) -> None:
   ours and has a traceback.
 
   Args:
-    main: takes the program's name in a list; all else must be flags.
+    main: takes nothing, as all else must be flags.
   """
+
+  def start(argv: list[str]) -> None:
+    del argv
+    if not flags.FLAGS['verbosity'].present:
+      # At absl's default Orbax tells of every file.
+      logging.set_verbosity(logging.WARNING)
+    main()
+
   _end_quietly_at_ctrl_c()
   if sys.stdout is sys.__stdout__:
     sys.stdout, sys.stderr = map(_lasting, (sys.stdout, sys.stderr))
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(start, flags_parser=_parse)
   except Mistake as mistake:
     _end(mistake)
   except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.data import evaluation_sets
@@ -77,12 +77,8 @@ def _describe_class(row: tables.Row) -> dict[str, str]:
   }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Loads the model, and evaluates it on one set after the other."""
-  del argv
-  if not flags.FLAGS['verbosity'].present:
-    # At absl's default Orbax tells of every file.
-    logging.set_verbosity(logging.WARNING)
   adversary = predictions.make_adversary(_EPSILON.value, _STEPS.value)
   model, out = _load(), Path(_OUT.value).expanduser()
   devices = jax.device_count()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.run import exports, trained
@@ -24,12 +24,8 @@ _LAYOUT = flags.DEFINE_enum(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Reads the main branch of a checkpoint, and writes it."""
-  del argv
-  if not flags.FLAGS['verbosity'].present:
-    # At absl's default Orbax tells of every file.
-    logging.set_verbosity(logging.WARNING)
   out = Path(_OUT.value).expanduser()
   exports.check_empty(out)
   workdir = Path(_WORKDIR.value).expanduser()

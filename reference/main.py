@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.run import agreement, hosts, storage, train
@@ -52,12 +52,9 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Parses nothing but the flags."""
-  del argv
   if not flags.FLAGS['verbosity'].present:
-    # At absl's default Orbax tells of every file.
-    logging.set_verbosity(logging.WARNING)
     storage.tell_once()
   config = _CONFIG.value
   workdir = _WORKDIR.value or f'runs/{config.name}_{config.method}'

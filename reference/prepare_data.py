@@ -55,9 +55,8 @@ _QUALITY = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Parses nothing but the flags."""
-  del argv
   target = Path(_TARGET.value).expanduser()
   labels, short_side = _HELD_OUT_LABELS.value, _SHORT_SIDE.value
   if _QUALITY.present and short_side is None:

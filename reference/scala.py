@@ -98,9 +98,8 @@ def print_table(rows: Sequence[tables.Row]) -> None:
   tables.print_markdown(lines)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs, prints, writes."""
-  del argv
   about = {
     'command': ' '.join(['python -m reference.scala', *sys.argv[1:]]),
     **record.describe_machine(jax.devices()),

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.benchmarks import figures, measure, schedule
@@ -214,10 +214,8 @@ def print_table(results: Sequence[Figures]) -> None:
   )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Measures or compiles, prints, writes."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
   out = Path(_OUT.value)
   if not _TPU.value:
     jax.config.update('jax_num_cpu_devices', 4)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 import conadv_optax as conadv
 from reference import command
@@ -114,10 +114,8 @@ def print_table(results: Sequence[Figures]) -> None:
   )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Measures, prints, writes."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
   net = measure.NETS[_NET.value]._replace(batch_size=_BATCH.value)

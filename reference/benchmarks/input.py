@@ -41,7 +41,7 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import simplejpeg
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.configs import jpeg_folder
@@ -77,10 +77,8 @@ _IMAGENET = 1_281_167
 Run = Callable[[int], None]
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Finds or makes the images, takes turns, prints."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     if _SHORT_SIDE.value:

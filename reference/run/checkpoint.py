@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,61 +130,6 @@ def read_about(workdir: Path) -> tuple[int, agreement.About] | None:
       with contextlib.suppress(Exception):
         return number, read_about_step(reader, workdir, number)
   return None
-
-
-def check_config(
-  workdir: Path,
-  config: ml_collections.ConfigDict,
-  *,
-  accept: Collection[str] = (),
-) -> None:
-  """Refuses a work folder of another config.
-
-  Args:
-    workdir: of the run.
-    config: of the run. Fields under `run` may differ: they change how a run is
-      watched, not what it learns.
-    accept: which changes are on purpose; see `agreement`.
-
-  Raises:
-    Mistake: when the newest checkpoint is of another config.
-  """
-  newest = read_about(workdir)
-  if newest is not None:
-    agreement.check_config(workdir, *newest, comparable(config), accept)
-
-
-def check_init_from(workdir: Path, path: Path) -> None:
-  """Refuses a work folder of a run that began with another model.
-
-  Args:
-    workdir: of the run.
-    path: of the model that it is to begin with.
-
-  Raises:
-    Mistake: when the newest checkpoint is of such a run.
-  """
-  newest = read_about(workdir)
-  if newest is not None:
-    agreement.check_init_from(workdir, *newest, path)
-
-
-def check_dataset(
-  workdir: Path, dataset: dict[str, Any], *, accept: Collection[str] = ()
-) -> None:
-  """Refuses a work folder of other images.
-
-  Args:
-    workdir: of the run.
-    dataset: what `agreement.describe` says of the images.
-    accept: which changes are on purpose.
-
-  Raises:
-    Mistake: when the newest checkpoint was trained on others.
-  """
-  newest = read_about(workdir)
-  if newest is not None:
-    agreement.check_dataset(workdir, *newest, dataset, accept)
 
 
 def _set_aside(workdir: Path, number: int) -> Path:

@@ -222,7 +222,6 @@ def _open_job(
   workdir: Path,
   software: dict[str, str],
   mesh: Mesh,
-  accept: Collection[str],
 ) -> _Job:
   """Opens the images and makes what is made of a config; checks both."""
   # A host may lack the images.
@@ -230,7 +229,6 @@ def _open_job(
   checks.check_classes(config, source.num_classes)
   dataset = agreement.describe(source)
   hosts.check_alike({**dataset, 'classes': source.num_classes})
-  checkpoint.check_dataset(workdir, dataset, accept=accept)
   model = parts.make_model(config, num_classes=source.num_classes)
   tx, schedule, steps = parts.make_optimizer(
     config, images=len(source.train), groups=methods.groups(config, mesh)
@@ -317,10 +315,15 @@ def train(
     storage.check_shared(workdir)
     held = stack.enter_context(lock.hold(workdir))
     stop = stack.enter_context(stopping.watch(held.release))
-    checkpoint.check_config(workdir, config, accept=accept)
-    if init_from is not None:
-      checkpoint.check_init_from(workdir, init_from)
-    job = _open_job(config, workdir, software, mesh, accept)
+    newest = checkpoint.read_about(workdir)
+    if newest is not None:
+      fields = checkpoint.comparable(config)
+      agreement.check_config(workdir, *newest, fields, accept)
+      if init_from is not None:
+        agreement.check_init_from(workdir, *newest, init_from)
+    job = _open_job(config, workdir, software, mesh)
+    if newest is not None:
+      agreement.check_dataset(workdir, *newest, job.dataset, accept)
     batches = job.train_batches()
     stack.callback(batches.close)
     state, about = job.begin(batches, init_from)

@@ -10,7 +10,7 @@ After a stop or a kill the same command goes on.
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from reference import command
 from reference.study import grid
@@ -23,10 +23,8 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Parses nothing but the flags."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
   command = ' '.join(['python -m reference.study', *sys.argv[1:]])
   workdir = Path(_WORKDIR.value or f'runs/{_CONFIG.value.name}')
   grid.run(_CONFIG.value, workdir, command=command)

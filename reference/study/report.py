@@ -359,9 +359,8 @@ def draw(
       save(field, plots.effect, found, field, plain, width=7.5)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Reads, prints, draws."""
-  del argv
   rows = results.read(Path(_CSV.value))
   if not rows:
     raise command.Mistake(

@@ -171,9 +171,8 @@ def print_table(rows: Sequence[tables.Row]) -> None:
   tables.print_markdown(lines)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs every seed, prints, writes."""
-  del argv
   config, [device, *_] = _CONFIG.value, jax.devices()
   data = study_cell.load(config)
   rows: list[tables.Row] = []

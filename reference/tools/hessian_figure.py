@@ -15,14 +15,22 @@ import jax.flatten_util
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from conadv_optax import hessian
 from reference import command
 from reference.data import input_pipeline, sources
-from reference.run import checkpoint, models, objective, parts, step, trained
+from reference.run import (
+  agreement,
+  checkpoint,
+  models,
+  objective,
+  parts,
+  step,
+  trained,
+)
 
 _FLOOR = 1e-6
 
@@ -41,7 +49,10 @@ def load(
   batches = input_pipeline.train_batches(source, config, skipped={})
   batch = place(next(batches))
   batches.close()
-  checkpoint.check_config(workdir, config)
+  newest = checkpoint.read_about(workdir)
+  if newest is not None:
+    fields = checkpoint.comparable(config)
+    agreement.check_config(workdir, *newest, fields, ())
   found = trained.load(workdir)
   model = parts.make_model(config, num_classes=source.num_classes)
   return model, found.params, found.batch_stats, batch
@@ -103,10 +114,8 @@ def draw(path: Path, spectrum: hessian.Spectrum, *, title: str = '') -> None:
   figure.savefig(path, dpi=150)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Loads, analyses, draws."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
   workdir = Path(_WORKDIR.value)
   spectrum = analyse(
     _CONFIG.value,

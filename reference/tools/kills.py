@@ -354,9 +354,8 @@ class Campaign:
     shutil.rmtree(workdir)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Kills, and prints what came of it."""
-  del argv
   # A shell lets what runs in its background ignore it, and that is inherited.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   # Orbax tells of every file that it reads.

@@ -14,7 +14,7 @@ from run_folders import assert_equal, read_csv, saved, steps_saved
 from tiny_runs import flags, make_targets, tiny
 
 import conadv_optax as conadv
-from reference.run import checkpoint, hosts, train
+from reference.run import agreement, checkpoint, hosts, train
 
 SOFTWARE = hosts.software()
 # Orbax leaves reads behind that nobody waits for, once one of them has failed.
@@ -253,8 +253,9 @@ def test_an_empty_folder_holds_nothing_to_restore(tmp_path, targets):
 def test_another_number_of_processes_is_refused(workdir, monkeypatch):
   monkeypatch.setattr(checkpoint.jax, 'process_count', lambda: 2, raising=True)
   monkeypatch.setattr(checkpoint.hosts, 'gather', lambda value: [value] * 2)
+  newest, fields = checkpoint.read_about(workdir), checkpoint.comparable
   with pytest.raises(ValueError, match='processes: given 2, stored 1'):
-    checkpoint.check_config(workdir, tiny(steps=6))
+    agreement.check_config(workdir, *newest, fields(tiny(steps=6)), ())
 
 
 # No file may have more than 4 KiB, which is less than the arrays need.

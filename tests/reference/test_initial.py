@@ -80,15 +80,16 @@ def test_a_run_begins_with_another_and_resumes_without_it(
   assert_equal(saved(workdir, 3)[0], whole)
   assert len(begun) == 1
   assert trained.load(workdir).record['init_from']['step'] == 3
-  checkpoint.check_config(workdir, config)
+  newest = checkpoint.read_about(workdir)
+  agreement.check_config(workdir, *newest, checkpoint.comparable(config), ())
   with pytest.raises(Mistake, match=f'began with {origin}; given'):
-    checkpoint.check_init_from(workdir, source / 'run')
+    agreement.check_init_from(workdir, *newest, source / 'run')
 
 
 @pytest.mark.slow
 def test_a_run_that_began_by_itself_takes_no_other(source):
   with pytest.raises(Mistake, match='began with parameters that were drawn'):
-    checkpoint.check_init_from(source / 'run', source / 'model')
+    train.train(tiny('vanilla'), source / 'run', init_from=source / 'model')
 
 
 def test_the_same_classes_keep_the_head(source):

@@ -129,7 +129,7 @@ def test_ctrl_c_while_modules_load_has_no_traceback():
 TALKS = """
 import sys
 from reference import command
-def main(argv):
+def main():
   print('first')
   sys.stdin.readline()
   for _ in range(10000):
