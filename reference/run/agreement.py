@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from reference import command
 from reference.data import sources
+from reference.data.wording import some
 from reference.run import methods
 
 # What may be accepted, and the fields of the config that it covers.
@@ -24,7 +25,6 @@ _SCHEDULE_FIELDS = (
 )
 # These say where the images lie; the fingerprint says which they are.
 _PLACES = ('data.folder',)
-_NAMED = 5
 _ABSENT = 'nothing'
 
 
@@ -47,11 +47,6 @@ class About(NamedTuple):
   changes: list[dict[str, Any]]
   init_from: dict[str, Any] | None = None
   names: Sequence[str] = ()
-
-
-def _count(names: Sequence[str]) -> str:
-  more = f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''
-  return f'{", ".join(names[:_NAMED])}{more}'
 
 
 def describe(source: sources.Source) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def check_config(
     advice = (
       'Likely a field was changed and the folder was not: take another, '
       f'`--workdir={workdir}_2`'
-      + (f'; to resume that run, {_count(values)}' if values else '')
+      + (f'; to resume that run, {some(values)}' if values else '')
       + '.'
     )
     if SCHEDULE in accept:
@@ -255,9 +250,9 @@ def _describe_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
   added = [repr(name) for name in after if name not in set(before)]
   lines = []
   if removed:
-    lines.append(f'classes that are gone, {len(removed)}: {_count(removed)}')
+    lines.append(f'classes that are gone, {len(removed)}: {some(removed)}')
   if added:
-    lines.append(f'classes that are new, {len(added)}: {_count(added)}')
+    lines.append(f'classes that are new, {len(added)}: {some(added)}')
   if before != after and not (removed or added):
     lines.append('the order of the classes, and so their labels')
   for name, label in (

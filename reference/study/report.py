@@ -102,12 +102,13 @@ def error_text(differences: Sequence[float]) -> str:
   return f'{100 * tables.standard_error(differences):.2f}'
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-  """Markdown."""
-  return '\n'.join(
-    '| ' + ' | '.join(line) + ' |'
-    for line in (header, ['---'] * len(header), *lines)
-  )
+def table(lines: Sequence[Mapping[str, str]]) -> str:
+  """Markdown; nothing of no lines."""
+  if not lines:
+    return ''
+  header = list(lines[0])
+  cells = header, ['---'] * len(header), *(line.values() for line in lines)
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in cells)
 
 
 def accuracy_table(groups: results.Groups, batch_size: int) -> str:
@@ -122,36 +123,27 @@ def accuracy_table(groups: results.Groups, batch_size: int) -> str:
       continue
     seconds = results.values(rows, 'seconds_a_step')
     lines.append(
-      (
-        f'`{variant}`',
-        results.chosen(rows[0]),
-        f'{len(results.values(rows, "accuracy"))}',
-        mean_text(results.values(rows, 'accuracy'), 100, 2),
-        mean_text(results.values(rows, 'train_accuracy'), 100, 2),
-        mean_text(results.values(rows, 'gap'), 100, 2),
-        mean_text(results.values(rows, 'robust_accuracy'), 100, 1),
-        mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
-        f'{statistics.median(seconds) / plain:.2f}' if seconds else '',
-        mean_text(results.values(rows, 'loss_main'), 1, 3),
-        mean_text(results.values(rows, 'loss_adversarial'), 1, 3),
-      )
+      {
+        'variant': f'`{variant}`',
+        'peak': results.chosen(rows[0]),
+        'n': f'{len(results.values(rows, "accuracy"))}',
+        'test, %': mean_text(results.values(rows, 'accuracy'), 100, 2),
+        'training, %': mean_text(
+          results.values(rows, 'train_accuracy'), 100, 2
+        ),
+        'gap': mean_text(results.values(rows, 'gap'), 100, 2),
+        'PGD-20, %': mean_text(results.values(rows, 'robust_accuracy'), 100, 1),
+        'eigenvalue': mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
+        's / plain': f'{statistics.median(seconds) / plain:.2f}'
+        if seconds
+        else '',
+        'clean loss': mean_text(results.values(rows, 'loss_main'), 1, 3),
+        'adversarial loss': mean_text(
+          results.values(rows, 'loss_adversarial'), 1, 3
+        ),
+      }
     )
-  return table(
-    (
-      'variant',
-      'peak',
-      'n',
-      'test, %',
-      'training, %',
-      'gap',
-      'PGD-20, %',
-      'eigenvalue',
-      's / plain',
-      'clean loss',
-      'adversarial loss',
-    ),
-    lines,
-  )
+  return table(lines)
 
 
 def comparison_table(groups: results.Groups) -> str:
@@ -165,81 +157,62 @@ def comparison_table(groups: results.Groups) -> str:
       )
       if not found:
         continue
+      span = f'{100 * min(found):+.2f} to {100 * max(found):+.2f}'
       lines.append(
-        (
-          claim,
-          f'{batch_size:,}',
-          f'{len(found)}',
-          f'{100 * statistics.fmean(found):+.2f}',
-          error_text(found),
-          f'{100 * min(found):+.2f} to {100 * max(found):+.2f}',
-        )
+        {
+          'test accuracy, points': claim,
+          'batch': f'{batch_size:,}',
+          'seeds': f'{len(found)}',
+          'mean difference': f'{100 * statistics.fmean(found):+.2f}',
+          'its standard error': error_text(found),
+          'from seed to seed': span,
+        }
       )
-  return table(
-    (
-      'test accuracy, points',
-      'batch',
-      'seeds',
-      'mean difference',
-      'its standard error',
-      'from seed to seed',
-    ),
-    lines,
-  )
+  return table(lines)
 
 
 def price_table(groups: results.Groups, batch_size: int) -> str:
   """What each variant gains at a batch size, and what it costs."""
   found = results.priced(groups, batch_size)
   plain, whole = (found.get(name, []) for name in ('vanilla', 'conadv'))
-  of_all = results.differences(whole, plain)
+  of_all = statistics.fmean(results.differences(whole, plain) or [0])
   seconds = results.slowdowns(found)
   lines = []
   for variant, rows in found.items():
     gains = results.differences(rows, plain)
+    gain = 100 * statistics.fmean(gains or [0])
     lines.append(
-      (
-        f'`{variant}`',
-        f'{results.price(rows[0]):.2f}',
-        f'{seconds[variant]:.2f}' if variant in seconds else '',
-        f'{100 * statistics.fmean(gains):+.2f}' if gains else '',
-        error_text(gains),
-        f'{100 * statistics.fmean(gains) / statistics.fmean(of_all):.0f}'
-        if gains and statistics.fmean(of_all or [0])
+      {
+        'variant': f'`{variant}`',
+        'arithmetic / plain': f'{results.price(rows[0]):.2f}',
+        's / plain': f'{seconds[variant]:.2f}' if variant in seconds else '',
+        'points over vanilla': f'{gain:+.2f}' if gains else '',
+        'standard error': error_text(gains),
+        "% of ConAdv's gain": f'{gain / of_all:.0f}'
+        if gains and of_all
         else '',
-      )
+      }
     )
-  return table(
-    (
-      'variant',
-      'arithmetic / plain',
-      's / plain',
-      'points over vanilla',
-      'standard error',
-      "% of ConAdv's gain",
-    ),
-    lines,
-  )
+  return table(lines)
 
 
 def sharpness_table(groups: results.Groups) -> str:
   """A line for each variant and batch size that has measures of sharpness."""
   return table(
-    ('variant', 'batch', 'peak', 'n', 'test, %', 'eigenvalue', 'trace', 'rise'),
     [
-      (
-        f'`{variant}`',
-        f'{batch_size:,}',
-        results.chosen(rows[0]),
-        f'{len(results.values(rows, "hessian_trace"))}',
-        mean_text(results.values(rows, 'accuracy'), 100, 2),
-        mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
-        mean_text(results.values(rows, 'hessian_trace'), 1, 0),
-        f'{statistics.fmean(results.values(rows, "sharpness")):.2g}',
-      )
+      {
+        'variant': f'`{variant}`',
+        'batch': f'{batch_size:,}',
+        'peak': results.chosen(rows[0]),
+        'n': f'{len(results.values(rows, "hessian_trace"))}',
+        'test, %': mean_text(results.values(rows, 'accuracy'), 100, 2),
+        'eigenvalue': mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
+        'trace': mean_text(results.values(rows, 'hessian_trace'), 1, 0),
+        'rise': f'{statistics.fmean(results.values(rows, "sharpness")):.2g}',
+      }
       for (variant, batch_size), rows in groups.items()
       if results.values(rows, 'hessian_trace')
-    ],
+    ]
   )
 
 
@@ -252,40 +225,37 @@ def trial_table(rows: Iterable[results.Row]) -> str:
       group = row['variant'], int(row['batch_size'])
       tried.setdefault(group, []).append(f'{results.chosen(row)}: {accuracy}')
   return table(
-    ('variant', 'batch', 'peak: validation, %'),
     [
-      (f'`{variant}`', f'{batch_size:,}', ', '.join(cells))
+      {
+        'variant': f'`{variant}`',
+        'batch': f'{batch_size:,}',
+        'peak: validation, %': ', '.join(cells),
+      }
       for (variant, batch_size), cells in tried.items()
-    ],
+    ]
   )
 
 
 def effect_table(found: list[list[results.Row]]) -> str:
   """A line for each variant of an ablation."""
   return table(
-    (
-      'variant',
-      'staleness',
-      'epsilon',
-      'peak',
-      'n',
-      'test, %',
-      'training, %',
-      'adversarial loss',
-    ),
     [
-      (
-        f'`{rows[0]["variant"]}`',
-        f'{rows[0]["staleness"]:.0f}',
-        f'{rows[0]["epsilon"]:g}',
-        f'{rows[0]["peak"]:g}',
-        f'{len(results.values(rows, "accuracy"))}',
-        mean_text(results.values(rows, 'accuracy'), 100, 2),
-        mean_text(results.values(rows, 'train_accuracy'), 100, 2),
-        mean_text(results.values(rows, 'loss_adversarial'), 1, 3),
-      )
+      {
+        'variant': f'`{rows[0]["variant"]}`',
+        'staleness': f'{rows[0]["staleness"]:.0f}',
+        'epsilon': f'{rows[0]["epsilon"]:g}',
+        'peak': f'{rows[0]["peak"]:g}',
+        'n': f'{len(results.values(rows, "accuracy"))}',
+        'test, %': mean_text(results.values(rows, 'accuracy'), 100, 2),
+        'training, %': mean_text(
+          results.values(rows, 'train_accuracy'), 100, 2
+        ),
+        'adversarial loss': mean_text(
+          results.values(rows, 'loss_adversarial'), 1, 3
+        ),
+      }
       for rows in found
-    ],
+    ]
   )
 
 
