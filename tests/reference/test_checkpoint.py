@@ -10,7 +10,12 @@ import signal
 import forked_commands
 import jax
 import pytest
-from run_folders import assert_equal, read_csv, saved, steps_saved
+from run_folders import (
+  assert_equal,
+  rows_without_speed,
+  saved,
+  steps_saved,
+)
 from tiny_runs import flags, make_targets, tiny
 
 import conadv_optax as conadv
@@ -29,13 +34,6 @@ def hashes(folder):
     for path in folder.rglob('*')
     if path.is_file()
   }
-
-
-def rows_without_speed(workdir):
-  rows = read_csv(workdir)
-  for row in rows:
-    del row['images_per_second']
-  return rows
 
 
 @pytest.fixture(scope='module')

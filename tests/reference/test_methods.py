@@ -1,6 +1,5 @@
 """The methods of the reference pipeline, against steps by hand."""
 
-import csv
 import functools
 import itertools
 import shutil
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from digit_steps import (
   SGD,
@@ -27,6 +25,8 @@ from digit_steps import (
   tiny,
 )
 from jax.flatten_util import ravel_pytree
+from meshes import dealt
+from run_folders import assert_equal, rows_without_speed, saved
 
 import conadv_optax as conadv
 from reference.run import checks, loop, methods, metrics, parts, train, trained
@@ -38,12 +38,6 @@ def towards(params, gradient, distance):
   flat, unravel = ravel_pytree(gradient)
   ahead = unravel(distance * flat / jnp.linalg.norm(flat))
   return jax.tree.map(jnp.add, params, ahead)
-
-
-def dealt(x, parts):
-  """The rows in turn from each of the parts, which lie one after another."""
-  rows = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-  return rows.swapaxes(0, 1).reshape(x.shape)
 
 
 @pytest.mark.slow
@@ -59,8 +53,7 @@ def test_eight_micro_batches_are_eight_devices():
     )
 
     def make(*arguments, parts=accumulate):
-      batch = make_batch(*arguments)
-      return {name: dealt(x, parts) for name, x in batch.items()}
+      return dealt(make_batch(*arguments), parts)
 
     state, take, place = start(
       config, devices=devices, model=Small(), make=make
@@ -431,23 +424,6 @@ def test_each_copy_is_a_group_of_its_own():
   assert_counts(state, take, place, batch)
 
 
-def read_rows(workdir):
-  with (workdir / 'metrics.csv').open(newline='') as file:
-    rows = list(csv.DictReader(file))
-  for row in rows:
-    del row['images_per_second']
-  return rows
-
-
-def final_state(workdir, number):
-  with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-    state = manager.restore(
-      number, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-    ).state
-  state['key'] = jax.random.key_data(state['key'])
-  return state
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('method', 'overrides'),
@@ -500,10 +476,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
   train.train(config, broken)
   out = capsys.readouterr().out
   assert '4 of 6 steps done' in out
-  states = [final_state(folder, 6) for folder in (whole, broken)]
-  jax.tree.map(np.testing.assert_array_equal, *states)
-  rows = read_rows(whole)
-  assert rows == read_rows(broken)
+  states = [saved(folder, 6)[0] for folder in (whole, broken)]
+  assert_equal(*states)
+  rows = rows_without_speed(whole)
+  assert rows == rows_without_speed(broken)
   if method == 'absa':
     assert [float(row['micro_batches']) for row in rows] == [1, 1, 1, 2, 2, 2]
     assert int(states[0]['absa']['evaluations']) == 2

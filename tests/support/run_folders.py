@@ -12,6 +12,13 @@ def read_csv(workdir):
     return list(csv.DictReader(file))
 
 
+def rows_without_speed(workdir):
+  rows = read_csv(workdir)
+  for row in rows:
+    del row['images_per_second']
+  return rows
+
+
 def saved(workdir, number):
   """All that a checkpoint holds, as arrays and plain values."""
   with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
