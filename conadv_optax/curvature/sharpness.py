@@ -60,10 +60,9 @@ def sharpness(
   number can stop a tenth below.
 
   The paper takes a box around each weight, and 100 times this value; this takes
-  one ball for all weights.
-  A net with rectifiers can be rescaled without a change of its output, but its
-  sharpness changes. So compare sharpness between runs of one model, at a radius
-  in proportion to the norm of the parameters.
+  one ball for all weights. A net with rectifiers can be rescaled without a
+  change of its output, but its sharpness changes. So compare sharpness between
+  runs of one model, at a radius in proportion to the norm of the parameters.
 
   Args:
     loss_fn: `loss_fn(params, batch)` returns the mean loss, a floating scalar.

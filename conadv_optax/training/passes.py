@@ -124,6 +124,13 @@ def _one_pass(
     x = weighted(share, at_least_float32(jnp.asarray(x)))
     return scale(rest_of_share, x)
 
+  def part_of_state(new: Any, old: Any) -> Any:
+    new = part(new)
+    if share is None or not is_inexact(new):
+      return new
+    # What no group has an example for stays as it was.
+    return jnp.where(of_mean.most > 0, new, jnp.asarray(old, new.dtype))
+
   def objective(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
     batch = one.batch
     if inputs is not None:
@@ -155,18 +162,7 @@ def _one_pass(
       gradients,
     )
     gradients = scale(rest_of_share, tree_at_least_float32(gradients))
-  state = jax.tree.map(part, state)
-  if share is not None:
-    # What no group has an example for stays as it was.
-    state = jax.tree.map(
-      lambda x, y: (
-        jnp.where(of_mean.most > 0, x, jnp.asarray(y, x.dtype))
-        if is_inexact(x)
-        else x
-      ),
-      state,
-      old,
-    )
+  state = jax.tree.map(part_of_state, state, old)
   # An array of the user's is one value an example.
   aux = jax.tree.map(lambda x: x if jnp.ndim(x) else part(x), aux)
   gradients, of_inputs = gradients if wants_inputs else (gradients, None)

@@ -266,20 +266,17 @@ def _check_price(config: ml_collections.ConfigDict) -> None:
       f'{sides[0]} and attack_downscale={sides[1]}. An attack pass can be on '
       'smaller ones: `--config.method=conadv`.'
     )
-  unused = {
-    name: numbers[name]
-    for name, default in method_numbers.make_section()['conadv'].items()
-    if name != 'shared_norm' and numbers[name] != default
-  }
-  if config.method == 'fast_advprop' and unused:
-    name, given = next(iter(unused.items()))
-    raise Mistake(
-      '`fast_advprop` attacks with the gradient that it trains with, by the '
-      f'numbers of `methods.fast_advprop` alone. Given methods.conadv.{name}='
-      f'{given}. Likely meant for another method: `--config.method=conadv`; '
-      'or, for example, `--config.methods.fast_advprop.adversarial_fraction='
-      '0.35`.'
-    )
+  if config.method == 'fast_advprop':
+    for name, default in method_numbers.make_section()['conadv'].items():
+      # Which is of every method that attacks.
+      if name != 'shared_norm' and numbers[name] != default:
+        raise Mistake(
+          '`fast_advprop` attacks with the gradient that it trains with, by '
+          'the numbers of `methods.fast_advprop` alone. Given methods.conadv.'
+          f'{name}={numbers[name]}. Likely meant for another method: '
+          '`--config.method=conadv`; or, for example, '
+          '`--config.methods.fast_advprop.adversarial_fraction=0.35`.'
+        )
   if methods.METHODS[config.method].branches and config.data.size % math.prod(
     sides
   ):

@@ -78,9 +78,8 @@ def start(
       raise command.Mistake(
         'Without `--distributed` a process must be told three things: address '
         'and port of process 0, how many there are, and which it is, from 0. '
-        f'Given '
-        f'coordinator={coordinator!r}, num_processes={num_processes!r} and '
-        f'process_id={process_id!r}. Write on the second of two hosts '
+        f'Given coordinator={coordinator!r}, num_processes={num_processes!r} '
+        f'and process_id={process_id!r}. Write on the second of two hosts '
         '`--coordinator=ADDRESS_OF_THE_FIRST:1234 --num_processes=2 '
         '--process_id=1`.'
       )

@@ -35,13 +35,15 @@ class _TensorBoard:
   """Event files."""
 
   def __init__(self, folder: Path, *, last_step: int):
+    self._folder = folder
     self._writer = tensorboardX.SummaryWriter(
       str(folder), purge_step=last_step + 1
     )
 
   def write_scalars(self, step: int, scalars: Row) -> None:
-    for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+    with storage.explained(self._folder):
+      for name, value in scalars.items():
+        self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
     self._writer.close()

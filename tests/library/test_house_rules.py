@@ -50,7 +50,7 @@ def test_random_functions_name_their_argument_key(name):
   for called, function in calls_of(name):
     for argument in inspect.signature(function).parameters.values():
       assert argument.name not in ('rng', 'rngs', 'prng', 'seed', 'rng_key')
-      if argument.name == 'key':
+      if 'PRNGKey' in str(argument.annotation) or argument.name == 'key':
         named[called] = argument.name
   assert set(named.values()) <= {'key'}, named
   if len(list(calls_of(name))) > 1:
@@ -60,6 +60,12 @@ def test_random_functions_name_their_argument_key(name):
 @files
 def test_random_numbers_are_drawn_from_a_key(path):
   for node in ast.walk(ast.parse(path.read_text())):
+    is_annotated = isinstance(node, ast.arg) and node.annotation is not None
+    if is_annotated and ast.unparse(node.annotation) in (
+      'chex.PRNGKey',
+      'chex.PRNGKey | None',
+    ):
+      assert node.arg == 'key', f'{path.name}:{node.lineno}'
     if isinstance(node, ast.Call):
       function = ast.unparse(node.func)
       if function.startswith('jax.random.') and function != 'jax.random.key':
