@@ -4,8 +4,7 @@ A small transformer learns which module of Python's library a line is from. It
 is trained by LAMB, without noise, with ConAdv at the embedding, and in the
 manner of ScaLA: the noise is light, takes one step of ascent, and sets in after
 a part of the run. Each has as many trials, of the rate and of a number of its
-own, with seed 0 and judged by lines that seed 0 neither trains on nor reports.
-Every seed divides the lines anew.
+own, with seed 0 and judged by lines that no run trains on or reports.
 
 References:
   Zhang et al., `ScaLA: Accelerating Adaptation of Pre-Trained Transformer-Based

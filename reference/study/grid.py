@@ -62,7 +62,8 @@ def cell_config(
     raise Mistake(
       '`study.variants` are names in `study.overrides`: '
       f'{", ".join(sorted(known))}. Given {cell.variant!r}. Likely misspelt, '
-      'or of another config: `--config=`.'
+      'of another config (`--config=`), or names without quotes: write '
+      "`--config.study.variants=\"('vanilla','conadv')\"`."
     )
   config.update(known[cell.variant])
   config.batch_size, config.seed = cell.batch_size, cell.seed

@@ -13,7 +13,7 @@ from reference.study import text
 
 @pytest.fixture(scope='module')
 def lines():
-  return text.read_lines(0)
+  return text.read_lines()
 
 
 def test_lines_are_of_one_module_and_in_one_part(lines):
@@ -27,9 +27,24 @@ def test_lines_are_of_one_module_and_in_one_part(lines):
     is_word = part['tokens'] > 0
     assert (np.diff(is_word.astype(int), axis=1) <= 0).all()
     assert part['tokens'].max() < text.WORDS
-  again = text.read_lines(0)
-  chex.assert_trees_all_equal(lines, again)
-  assert set(map(tuple, text.read_lines(1)[1]['tokens'].tolist())) != parts[1]
+
+
+def test_every_seed_reports_the_same_lines(lines, monkeypatch):
+  seen = []
+
+  def see(model, params, data):
+    seen.append(data)
+    return 0.0, 0.0
+
+  monkeypatch.setattr(text, 'train', lambda data, run, *, seed: see(0, 0, data))
+  monkeypatch.setattr(text, 'evaluate', see)
+  run = text.Run(batch_size=32, epochs=1, rate=0.02)
+  for seed in (0, 1):
+    for final in (False, True):
+      text.measure(run, seed=seed, final=final)
+  # A run sees what it trains on, what judges it, and what it trained on.
+  for data, part in zip(seen, [0, 1, 0, 0, 2, 0] * 2, strict=True):
+    chex.assert_trees_all_equal(data, lines[part])
 
 
 @pytest.mark.slow
