@@ -5,7 +5,7 @@ import io
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +118,23 @@ def define_config(
   except Exception as error:
     # Overrides of the default are read already here.
     _end(_explain(error))
+
+
+def define_names(
+  name: str, known: Collection[str], text: str
+) -> flags.FlagHolder[list[str]]:
+  """A flag of some of the known names, with commas between; by default all."""
+
+  def check(given: list[str]) -> bool:
+    if unknown := [x for x in given if x not in known]:
+      raise flags.ValidationError(
+        f'{", ".join(unknown)} is none of {", ".join(known)}.'
+      )
+    return True
+
+  holder = flags.DEFINE_list(name, list(known), text)
+  flags.register_validator(name, check)
+  return holder
 
 
 def _end(mistake: Mistake) -> NoReturn:

@@ -37,7 +37,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', 256, 'Images at once, over all devices.', lower_bound=1
 )
 _WORST = flags.DEFINE_integer(
-  'worst', 10, 'How many of the worst classes are printed.'
+  'worst', 10, 'How many of the worst classes are printed.', lower_bound=0
 )
 _OUT = flags.DEFINE_string(
   'out', 'runs/evaluation', 'Receives the CSVs and the figures.'

@@ -110,9 +110,9 @@ def main() -> None:
         {**row, **about}
         for row in runs(
           noise,
-          int(batch_size),
+          batch_size,
           epochs=_EPOCHS.value,
-          rates=[float(x) for x in _RATES.value],
+          rates=_RATES.value,
           seeds=_SEEDS.value,
         )
       ]
@@ -122,10 +122,12 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  _BATCH = flags.DEFINE_list('batch_size', ['128', '1024'], 'Lines a step.')
-  _NOISE = flags.DEFINE_list('noise', list(NOISES), 'Of the table.')
-  _RATES = flags.DEFINE_list(
-    'rates', ['0.005', '0.01', '0.02', '0.04'], "LAMB's peaks, each a trial."
+  _BATCH = flags.DEFINE_multi_integer(
+    'batch_size', [128, 1024], 'Lines a step.', lower_bound=1
+  )
+  _NOISE = command.define_names('noise', NOISES, 'Of the table.')
+  _RATES = flags.DEFINE_multi_float(
+    'rate', [0.005, 0.01, 0.02, 0.04], "LAMB's peak, a trial.", lower_bound=0.0
   )
   _EPOCHS = flags.DEFINE_integer(
     'epochs', 15, 'Passes over the lines.', lower_bound=1

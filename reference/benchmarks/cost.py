@@ -36,11 +36,17 @@ from reference.tools import slices, tables
 _NET = flags.DEFINE_enum(
   'net', None, list(measure.NETS), 'By default that of the hardware.'
 )
-_BATCH = flags.DEFINE_integer('batch', None, "Images; by default the net's.")
-_ROUNDS = flags.DEFINE_integer('rounds', 2, 'Timed calls of each order.')
-_ORDERS = flags.DEFINE_integer('orders', 2, 'Orders of the arguments.')
+_BATCH = flags.DEFINE_integer(
+  'batch', None, "Images; by default the net's.", lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 2, 'Timed calls of each order.', lower_bound=1
+)
+_ORDERS = flags.DEFINE_integer(
+  'orders', 2, 'Orders of the arguments.', lower_bound=1
+)
 _TPU = flags.DEFINE_list('tpu', [], 'Slices to compile for, such as v3:2x2.')
-_ROWS = flags.DEFINE_list('rows', list(ROWS), 'Of the table; plain is needed.')
+_ROWS = command.define_names('rows', ROWS, 'Of the table, beside plain.')
 _OUT = flags.DEFINE_string('out', 'runs/cost', 'Receives CSV and figures.')
 
 # Of bfloat16, as the makers state it: https://docs.cloud.google.com/tpu/docs/v3
@@ -71,6 +77,11 @@ def choose_net(default: str) -> Net:
   return net._replace(batch_size=_BATCH.value or net.batch_size)
 
 
+def chosen_rows() -> list[str]:
+  """The rows of the flag, after the one that they are compared with."""
+  return list(dict.fromkeys(['plain', *_ROWS.value]))
+
+
 def images_of(name: str, net: Net) -> int:
   """In the batch of a row, where that of the others is the net's."""
   return round(ROWS[name].share * net.batch_size)
@@ -81,7 +92,7 @@ def run_here(net: Net) -> list[Figures]:
   devices = jax.devices()
   tasks = {
     name: measure.make_task(ROWS[name], net, devices)
-    for name in _ROWS.value
+    for name in chosen_rows()
     if np.prod(ROWS[name].mesh) <= len(devices)
   }
   programs = measure.compile_in_turns(tasks, _ORDERS.value)
@@ -121,7 +132,7 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
     for x in known
     if x['images'] == images.get(str(x['row'])) and about.items() <= x.items()
   }
-  for name in _ROWS.value:
+  for name in chosen_rows():
     if name in done:
       continue
     task = measure.make_task(ROWS[name], nets[name], devices)

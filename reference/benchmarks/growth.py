@@ -26,10 +26,16 @@ from reference.benchmarks.steps import Row, library
 from reference.tools import tables
 
 _NET = flags.DEFINE_enum('net', 'resnet18', list(measure.NETS), 'The model.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Timed calls of each order.')
-_ORDERS = flags.DEFINE_integer('orders', 1, 'Orders of the arguments.')
-_BATCH = flags.DEFINE_integer('batch', 8, 'Images, where they do not vary.')
-_SWEEPS = flags.DEFINE_list(
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 3, 'Timed calls of each order.', lower_bound=1
+)
+_ORDERS = flags.DEFINE_integer(
+  'orders', 1, 'Orders of the arguments.', lower_bound=1
+)
+_BATCH = flags.DEFINE_integer(
+  'batch', 8, 'Images, where they do not vary.', lower_bound=1
+)
+_SWEEPS = command.define_names(
   'sweeps', ['batch', 'staleness', 'devices'], 'Which are measured.'
 )
 _OUT = flags.DEFINE_string('out', 'runs/growth', 'Receives CSV and figures.')

@@ -50,11 +50,19 @@ from reference.data import augment, autoaugment, input_pipeline, jpeg, sources
 _FOLDER = flags.DEFINE_string(
   'folder', None, 'Holds train/CLASS/*.jpg; by default JPEGs are made.'
 )
-_FILES = flags.DEFINE_integer('files', 500, 'At most so many are read.')
-_ROUNDS = flags.DEFINE_integer('rounds', 15, 'Turns of each program.')
-_IMAGES = flags.DEFINE_integer('images', 640, 'Images in a turn.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images in a batch.')
-_SIZE = flags.DEFINE_integer('size', 224, 'Side of the crops.')
+_FILES = flags.DEFINE_integer(
+  'files', 500, 'At most so many are read.', lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 15, 'Turns of each program.', lower_bound=1
+)
+_IMAGES = flags.DEFINE_integer(
+  'images', 640, 'Images in a turn.', lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 64, 'Images in a batch.', lower_bound=1
+)
+_SIZE = flags.DEFINE_integer('size', 224, 'Side of the crops.', lower_bound=1)
 _SHORT_SIDE = flags.DEFINE_integer(
   'short_side', None, 'As of prepare_data; by default files as they are.'
 )

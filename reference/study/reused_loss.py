@@ -185,7 +185,7 @@ def main() -> None:
       final=True,
     )
     of_cell = grid.cell_config(config, cell)
-    rows += run(of_cell, data, device, [int(x) for x in _EPOCHS.value])
+    rows += run(of_cell, data, device, _EPOCHS.value)
   tables.write_csv(Path(_OUT.value), rows)
   print_table(rows)
 
@@ -195,8 +195,8 @@ if __name__ == '__main__':
     Path(__file__).parents[1] / 'configs' / 'study_fashion_mnist.py'
   )
   _PEAK = flags.DEFINE_float('peak', 16.0, 'The largest learning rate.')
-  _EPOCHS = flags.DEFINE_list(
-    'epochs', ['20', '40', '60'], 'Whose batches are looked at.'
+  _EPOCHS = flags.DEFINE_multi_integer(
+    'epochs', [20, 40, 60], 'Whose batches are looked at.', lower_bound=1
   )
   _OUT = flags.DEFINE_string(
     'out', 'runs/study/reused_loss.csv', 'Receives the rows.'

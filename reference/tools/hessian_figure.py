@@ -139,7 +139,11 @@ if __name__ == '__main__':
   _WORKDIR = flags.DEFINE_string(
     'workdir', 'runs/digits_conadv', 'The work folder of the run.'
   )
-  _DEGREE = flags.DEFINE_integer('degree', 64, 'Products of a probe.')
-  _PROBES = flags.DEFINE_integer('probes', 4, 'Random starts.')
-  _MICRO_BATCHES = flags.DEFINE_integer('micro_batches', 1, 'Parts of a batch.')
+  _DEGREE = flags.DEFINE_integer(
+    'degree', 64, 'Products of a probe.', lower_bound=1
+  )
+  _PROBES = flags.DEFINE_integer('probes', 4, 'Random starts.', lower_bound=1)
+  _MICRO_BATCHES = flags.DEFINE_integer(
+    'micro_batches', 1, 'Parts of a batch.', lower_bound=1
+  )
   command.run(main)

@@ -28,7 +28,7 @@ from absl import flags, logging
 from reference import command
 from reference.tools import tables
 
-_KILLS = flags.DEFINE_integer('kills', 100, 'How many.')
+_KILLS = flags.DEFINE_integer('kills', 100, 'How many.', lower_bound=1)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the moments.')
 _OUT = flags.DEFINE_string('out', 'runs/kills', 'A folder for the runs.')
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked_commands
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -319,36 +318,3 @@ def test_flags_override_the_config_and_name_the_work_folder(tmp_path):
   assert 'digits, vanilla: 1437 training' in result.stdout
   assert 'batches of 96 on 1 cpu' in result.stdout
   assert steps_saved(tmp_path / 'runs' / 'digits_vanilla') == [2]
-
-
-@pytest.mark.slow
-def test_an_argument_without_dashes_is_refused():
-  result = forked_commands.run('-m', 'reference.main', 'config.method=conadv')
-  assert result.returncode == 2
-  assert result.stdout == ''
-  [line] = result.stderr.splitlines()
-  assert '`--config.method=conadv`' in line
-
-
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--config.batchsize=3'], 'Did you mean "batch_size"'),
-    (['--config.batch_size=0'], '`batch_size` is a number of images'),
-    # The library sees to this.
-    (
-      ['--config.method=sam', '--config.methods.sam.radius=-1.0'],
-      'radius=-1.0. It is a distance',
-    ),
-  ],
-)
-def test_a_mistake_has_a_traceback_on_demand_alone(flags, message, tmp_path):
-  command = ('-m', 'reference.main', *flags, f'--workdir={tmp_path}')
-  result = forked_commands.run(*command)
-  assert result.returncode == 2
-  assert message in result.stderr
-  assert len(result.stderr.splitlines()) == 1
-  result = forked_commands.run(*command, '--debug')
-  assert result.returncode == 1
-  assert message in result.stderr.splitlines()[-1]
-  assert 'Traceback' in result.stderr
