@@ -140,19 +140,21 @@ create() {
   esac
 }
 
+idle=3
 is_running='kill -0 "$(cat train.pid)" 2>/dev/null'
 
+# A step that fails ends it, also where its status is looked at.
 copy() {
   local archive
   if [[ -z $dry_run ]]; then
-    scratch=$(mktemp -d)
+    scratch=$(mktemp -d) || return
     trap 'rm -rf "$scratch"' EXIT
   fi
   archive=${scratch:-/tmp}/conadv_optax.tar.gz
   show_and_do tar -C "$root" -czf "$archive" --exclude=__pycache__ \
-    conadv_optax reference pyproject.toml README.md LICENSE
+    conadv_optax reference pyproject.toml README.md LICENSE || return
   show_and_do gcloud compute tpus tpu-vm scp "$archive" "$name:conadv_optax.tar.gz" \
-    "${place[@]}" --worker=all || end 2
+    "${place[@]}" --worker=all || return 2
   on_hosts all "set -e
 if $is_running; then echo 'A run is under way: stop it first.'; exit 1; fi
 ${setup:-true}
@@ -251,10 +253,15 @@ place=("--zone=$zone" ${project:+"--project=$project"})
 case $command in
   run)
     create
-    if ! on_hosts 0 "$is_running" ||
-      dry_if 'that fails, as no run is under way, copy and start'; then
-      copy
-      start
+    # Any other status says nothing of a run: the host was not reached.
+    answer=0
+    on_hosts 0 "$is_running || exit $idle" || answer=$?
+    if dry_if "that exits with $idle, as no run is under way, copy and start" ||
+      ((answer == idle)); then
+      copy || end "$?"
+      start || end "$?"
+    elif ((answer)); then
+      fail 'the first host does not answer' "$lost"
     fi
     follow || end "$?"
     ;;

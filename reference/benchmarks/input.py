@@ -87,6 +87,12 @@ Run = Callable[[int], None]
 
 def main() -> None:
   """Finds or makes the images, takes turns, prints."""
+  if _IMAGES.value % _BATCH_SIZE.value:
+    raise command.Mistake(
+      'A turn is of whole batches. Given '
+      f'--images={_IMAGES.value} and --batch_size={_BATCH_SIZE.value}. Take '
+      f'`--images={10 * _BATCH_SIZE.value}`.'
+    )
   with tempfile.TemporaryDirectory() as made:
     source = choose_files(_FOLDER.value or make_images(Path(made) / 'usual'))
     if _SHORT_SIDE.value:

@@ -324,8 +324,8 @@ def _own(config: ml_collections.ConfigDict) -> Source:
   """The source that a function of the user's own returns.
 
   Raises:
-    Mistake: when it is none, is empty, or its first record is of another form;
-      later for every other record, when it is read.
+    Mistake: when it is none, is empty, or its first record that can be read is
+      of another form; later for every other record, when it is read.
   """
   source = named.load(config.source, 'data.source')(config)
   if not isinstance(source, Source):
@@ -347,7 +347,11 @@ def _own(config: ml_collections.ConfigDict) -> Source:
     channels=len(config.mean),
     classes=len(source.classes),
   )
-  read(source.train[0])
+  skipped = (jpeg.BadImageError,) if config.on_bad_image == 'skip' else ()
+  for record in source.train:
+    with contextlib.suppress(*skipped):
+      read(record)
+      break
   counts = [f'{len(source.train)} and {len(source.held_out)} images']
   return source._replace(
     read=read,

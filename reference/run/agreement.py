@@ -25,6 +25,8 @@ _SCHEDULE_FIELDS = (
 )
 # These say where the images lie; the fingerprint says which they are.
 _PLACES = ('data.folder',)
+# Images that can be read are read the same.
+_FREE = ('data.on_bad_image',)
 _ABSENT = 'nothing'
 
 
@@ -172,6 +174,7 @@ def check_config(
       f'`--workdir={workdir}_2 --init_from={workdir}`.'
     )
   accepted = [
+    *_FREE,
     *(_SCHEDULE_FIELDS if SCHEDULE in accept else ()),
     *((DEVICES,) if DEVICES in accept else ()),
   ]

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import conadv_optax as conadv
+from conadv_optax.core.numeric import share_of
 from reference.command import Mistake
 from reference.run import models, objective
 
@@ -162,8 +163,8 @@ def examples(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, int]:
   number = groups(config, mesh)
   is_fast = method.gradient == 'fast_advprop'
   numbers = config.methods.fast_advprop if is_fast else config.methods.conadv
-  share = int(numbers.adversarial_fraction * (count // number))
-  attacked = number * max(1, share)
+  share = share_of(numbers.adversarial_fraction, count // number)
+  attacked = number * share
   if is_fast:
     clean = count - attacked
     return {'attack': attacked, 'adversarial': attacked, 'main': clean}

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -56,11 +56,13 @@ class Record(NamedTuple):
     path: of the CSV.
     rows: all rows so far, those before a restart among them.
     writers: beside the CSV; None where another process writes.
+    check: raises where the folder is another run's by now.
   """
 
   path: Path
   rows: list[Row]
   writers: Sequence[Writer] | None
+  check: Callable[[], None]
 
 
 def read_rows(path: Path) -> tuple[list[Row], str]:
@@ -151,6 +153,7 @@ def open_record(
   last_step: int,
   write: bool = True,
   writers: Sequence[Writer] = (),
+  check: Callable[[], None] = lambda: None,
 ) -> Record:
   """The record of a run that resumes after a step; later rows are dropped.
 
@@ -159,6 +162,7 @@ def open_record(
     last_step: of the checkpoint.
     write: whether this process writes.
     writers: beside the CSV and TensorBoard.
+    check: raises where the work folder is another run's by now.
   """
   path = workdir / 'metrics.csv'
   rows = _old_rows(path, write=write)
@@ -169,6 +173,7 @@ def open_record(
     path,
     [row for row in rows if row['step'] <= last_step],
     writers if write else None,
+    check,
   )
 
 
@@ -183,6 +188,7 @@ def add(record: Record, row: Row) -> None:
   record.rows.append(row)
   if record.writers is None:
     return
+  record.check()
   with storage.explained(record.path.parent):
     write_rows(record.path, record.rows)
   scalars = {name: value for name, value in row.items() if name != 'step'}

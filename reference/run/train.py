@@ -302,6 +302,7 @@ def train(
     {
       'workdir': str(workdir),
       'init_from': str(init_from),
+      'accept': sorted(accept),
       **checkpoint.fields(config),
       **software,
     }
@@ -339,13 +340,12 @@ def train(
       last_step=done,
       write=writes,
       writers=metrics.make_writer(config, workdir) if writes else (),
+      check=held.check,
     )
     stack.callback(metrics.close, record)
     evaluate = job.make_evaluation()
 
     def save(state: step.TrainState) -> None:
-      if writes:
-        held.check()
       checkpoint.save(manager, state, batches, about, software)
 
     if done >= job.steps:

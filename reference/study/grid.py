@@ -52,6 +52,11 @@ class Cell(NamedTuple):
   setting: str = ''
 
 
+def _images_of(config: ml_collections.ConfigDict) -> list[Any]:
+  """Which images a study loads, once for all cells."""
+  return [config.data.get(name) for name in ('source', 'folder', 'size')]
+
+
 def cell_config(
   config: ml_collections.ConfigDict, cell: Cell
 ) -> ml_collections.ConfigDict:
@@ -65,12 +70,21 @@ def cell_config(
       'of another config (`--config=`), or names without quotes: write '
       "`--config.study.variants=\"('vanilla','conadv')\"`."
     )
+  shared = _images_of(config)
   config.update(known[cell.variant])
   config.batch_size, config.seed = cell.batch_size, cell.seed
   config.lars.peak = float(cell.peak)
   if cell.setting:
     field, _, value = cell.setting.partition('=')
     config.update_from_flattened_dict({field: json.loads(value)})
+  if _images_of(config) != shared:
+    raise Mistake(
+      'A study loads its images once. Given '
+      f'{cell.variant!r}, whose data.source, data.folder or data.size is '
+      'another. Likely it is a study of its own: '
+      f'`--config.study.variants="({cell.variant!r},)"` with '
+      '`--config.data.size=`.'
+    )
   return config
 
 
@@ -194,7 +208,10 @@ def attack_columns(config: ml_collections.ConfigDict) -> record.Row:
     }
   return {
     'epsilon': config.attack.epsilon,
-    'targets': config.methods.conadv.targets,
+    # A reused gradient leads away from the true label.
+    'targets': 'none'
+    if config.method == 'conadv_reuse'
+    else config.methods.conadv.targets,
     'adversarial_fraction': config.methods.conadv.adversarial_fraction,
   }
 
@@ -229,13 +246,34 @@ def row_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-  """The compiled programs of a study, each made by the first that asks."""
+  """The compiled programs of a study, each made by the first that asks.
+
+  Attributes:
+    data: of the study.
+    found: the programs so far, by all that they are compiled for.
+    measures: those so far, by all of a model that they depend on.
+    asking: held while one looks what there is.
+  """
 
   data: study_cell.Data
   found: dict[Any, Future[study_cell.Program]] = dataclasses.field(
     default_factory=dict
   )
+  measures: dict[str, study_cell.Measures] = dataclasses.field(
+    default_factory=dict
+  )
   asking: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+  def measures_of(
+    self, config: ml_collections.ConfigDict
+  ) -> study_cell.Measures:
+    """Those of a cell's own model, which a variant may change."""
+    name = str((config.model.to_dict(), config.data.mean, config.data.std))
+    with self.asking:
+      if name not in self.measures:
+        made = study_cell.make_measures(config, self.data.num_classes)
+        self.measures[name] = made
+      return self.measures[name]
 
   def of(
     self, config: ml_collections.ConfigDict, device: jax.Device
@@ -275,7 +313,6 @@ def run(
   rows = record.read_rows(path)
   record.write_rows(path, rows)
   data = study_cell.load(config)
-  measures = study_cell.make_measures(config, data.num_classes)
   devices = jax.devices()
   about = {
     'train_images': len(data.train.labels),
@@ -295,7 +332,7 @@ def run(
       result = study_cell.run(
         of_cell,
         programs.of(of_cell, device),
-        measures,
+        programs.measures_of(of_cell),
         data,
         final=cell.final,
       )
@@ -310,8 +347,9 @@ def run(
       bar.update()
 
   def run_all(cells: Sequence[Cell]) -> None:
-    done = {row['cell'] for row in rows}
-    left = [cell for cell in cells if identify(config, cell) not in done]
+    # An ablation may be the same as its parent, but for the name.
+    done = {(row['cell'], row['variant']) for row in rows}
+    left = [x for x in cells if (identify(config, x), x.variant) not in done]
     bar.update(len(cells) - len(left))
     with ThreadPoolExecutor(free.qsize()) as pool:
       futures = [pool.submit(run_cell, cell) for cell in left]

@@ -114,14 +114,9 @@ def table(lines: Sequence[Mapping[str, str]]) -> str:
 def accuracy_table(groups: results.Groups, batch_size: int) -> str:
   """A line for each variant at a batch size."""
   lines = []
-  plain = statistics.median(
-    results.values(groups.get(('vanilla', batch_size), []), 'seconds_a_step')
-    or [1.0]
-  )
-  for (variant, size), rows in groups.items():
-    if size != batch_size:
-      continue
-    seconds = results.values(rows, 'seconds_a_step')
+  here = {name: x for (name, size), x in groups.items() if size == batch_size}
+  slowdowns = results.slowdowns(here)
+  for variant, rows in here.items():
     lines.append(
       {
         'variant': f'`{variant}`',
@@ -134,8 +129,8 @@ def accuracy_table(groups: results.Groups, batch_size: int) -> str:
         'gap': mean_text(results.values(rows, 'gap'), 100, 2),
         'PGD-20, %': mean_text(results.values(rows, 'robust_accuracy'), 100, 1),
         'eigenvalue': mean_text(results.values(rows, 'top_eigenvalue'), 1, 1),
-        's / plain': f'{statistics.median(seconds) / plain:.2f}'
-        if seconds
+        's / plain': f'{slowdowns[variant]:.2f}'
+        if variant in slowdowns
         else '',
         'clean loss': mean_text(results.values(rows, 'loss_main'), 1, 3),
         'adversarial loss': mean_text(

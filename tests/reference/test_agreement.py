@@ -140,6 +140,19 @@ def test_other_images_are_refused_and_told(changes, message):
   check_images(('data',), fingerprint='f1', **changes)
 
 
+def test_what_is_unreadable_may_be_skipped_from_now_on():
+  stored = STORED._replace(config=CONFIG | {'data.on_bad_image': 'stop'})
+  now = {'data.on_bad_image': 'skip'}
+  check(stored, **now)
+  found = agreement.go_on(stored, STORED._replace(config=CONFIG | now), 7)
+  assert agreement.lines(found) == [
+    'From step 7 on: data.on_bad_image stop -> skip.'
+  ]
+  with pytest.raises(command.Mistake, match='epochs: given') as error:
+    check(stored, epochs=60.0, **now)
+  assert 'on_bad_image' not in str(error.value)
+
+
 def test_another_number_of_classes_is_another_model():
   classes = [*DATASET['classes'], *(f'new_{i:03}' for i in range(1000))]
   with pytest.raises(command.Mistake, match='is another model') as error:

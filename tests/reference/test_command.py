@@ -37,6 +37,15 @@ def test_a_mistake_has_a_traceback_on_demand_alone(flags, message, tmp_path):
   assert 'Traceback' in result.stderr
 
 
+def test_turns_of_the_input_benchmark_are_whole_batches():
+  result = forked_commands.run(
+    *('-m', 'reference.benchmarks.input', '--images=640', '--batch_size=96')
+  )
+  assert result.returncode == 2
+  assert result.stdout == ''
+  assert result.stderr.endswith('Take `--images=960`.\n')
+
+
 @pytest.mark.parametrize(
   ('command', 'message'),
   [

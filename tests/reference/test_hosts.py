@@ -321,6 +321,19 @@ def test_flags_that_do_not_belong_together(flags, message):
     hosts.start(**{**given, **flags})
 
 
+def test_what_is_accepted_is_compared(monkeypatch, tmp_path):
+  found = {}
+
+  def see(fields):
+    found.update(fields)
+    raise ValueError('seen')
+
+  monkeypatch.setattr(hosts, 'check_alike', see)
+  with pytest.raises(ValueError, match='seen'):
+    train.train(tiny(), tmp_path, accept=['devices', 'data'])
+  assert found['accept'] == ['data', 'devices']
+
+
 def test_a_process_that_finds_no_others(monkeypatch):
   # As in a process that has just begun.
   monkeypatch.setattr(xla_bridge, 'backends_are_initialized', lambda: False)

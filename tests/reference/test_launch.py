@@ -35,6 +35,12 @@ case "$3 $4" in
   'tpu-vm scp') test ! -e "$HOSTS/no_answer" || exit 1
     for host in 0 1; do cp "$5" "$HOSTS/$host/${6#*:}"; done ;;
   'tpu-vm ssh')
+    # The statuses of a connection that fails, a line for each call.
+    if test -s "$HOSTS/connections"; then
+      status=$(head -n 1 "$HOSTS/connections")
+      sed -i 1d "$HOSTS/connections"
+      test "$status" = 0 || exit "$status"
+    fi
     [[ $worker == all ]] && worker='0 1'
     for host in $worker; do (cd "$HOSTS/$host" && bash -c "$line") || exit; done
 esac
@@ -367,6 +373,33 @@ def test_a_run_that_fails_as_its_slice_is_taken_away_is_lost(hosts):
   assert 'the slice was taken away' in result.stderr
 
 
+def test_a_host_that_does_not_answer_may_still_train(hosts):
+  (hosts / 'state').write_text('ACTIVE\n')
+  for host in '01':
+    (hosts / host / 'train.code').write_text(f'{hosts / host}\n')
+  assert launch('start', *SLICE, '--', WORKDIR, hosts=hosts).returncode == 0
+  pid = wait_for(hosts / '0' / 'train.pid')
+  for status in ('255', '1'):
+    (hosts / 'connections').write_text(status)
+    (hosts / 'log').unlink()
+    result = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
+    assert result.returncode == 255
+    assert 'does not answer' in result.stderr
+    # Nothing was brought to it, or started.
+    assert [line[3] for line in gcloud(hosts)].count('tpu-vm') == 1
+  assert (hosts / '0' / 'train.pid').read_text() == pid
+  os.kill(int(pid), 0)
+
+
+@pytest.mark.parametrize('connections', ['0\n1\n', '0\n0\n255\n'])
+def test_a_slice_that_is_lost_while_it_is_prepared_is_lost(connections, hosts):
+  (hosts / 'state').write_text('ACTIVE\nSUSPENDED\n')
+  (hosts / 'connections').write_text(connections)
+  result = launch('run', *SLICE, '--type=v4-16', '--', WORKDIR, hosts=hosts)
+  assert result.returncode == 255
+  assert 'the slice was taken away' in result.stderr
+
+
 def test_a_dry_run_shows_all_that_a_run_does(hosts):
   for host in '01':
     (hosts / host / 'go_on').write_text('0')
@@ -395,7 +428,7 @@ def test_a_dry_run_says_when(hosts):
     '# if that fails:': f'{queued} list',
     '# if it was taken away:': f'{queued} delete',
     '# if there is none:': f'{queued} create',
-    '# if that fails, as no run is under way, copy and start:': '+ tar',
+    '# if that exits with 3, as no run is under way, copy and start:': '+ tar',
   }
   assert not (hosts / 'log').exists()
 

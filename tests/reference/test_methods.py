@@ -344,6 +344,18 @@ def three_steps(method, **overrides):
 
 
 @pytest.mark.slow
+def test_a_share_is_counted_as_it_is_taken():
+  # 0.29 * 100 is 28.999999999999996.
+  numbers = {'adversarial_fraction': 0.29}
+  config = tiny('conadv', batch_size=200)
+  config.methods.conadv.update(numbers)
+  assert methods.examples(config, make_mesh(2))['adversarial'] == 2 * 29
+  config = tiny('fast_advprop', batch_size=200)
+  config.methods.fast_advprop.update(numbers)
+  found = methods.examples(config, make_mesh(2))
+  assert found == {'attack': 58, 'adversarial': 58, 'main': 142}
+
+
 def test_agents_that_all_hear_each_other_are_conadv():
   results = []
   for method in ('conadv', 'diffusion'):

@@ -37,6 +37,21 @@ def test_every_row_is_in_the_file_at_once(record):
   assert float(second['held_out_accuracy']) == pytest.approx(1 / 3, rel=1e-7)
 
 
+def test_a_record_of_another_run_by_now_is_left_alone(tmp_path):
+  def check():
+    if is_lost:
+      raise ValueError('it is not yours')
+
+  record = metrics.open_record(tmp_path, last_step=0, check=check)
+  is_lost = False
+  metrics.add(record, row(1, loss=0.5))
+  before = record.path.read_text()
+  is_lost = True
+  with pytest.raises(ValueError, match='not yours'):
+    metrics.add(record, row(2, loss=0.25))
+  assert record.path.read_text() == before
+
+
 def test_a_restart_drops_the_rows_after_its_checkpoint(record, tmp_path):
   for step in (2, 4, 6):
     metrics.add(record, row(step, loss=1 / step, skipped=0))

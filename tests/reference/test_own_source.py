@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import tiny
 
 from reference.command import Mistake
-from reference.data import input_pipeline, sources
+from reference.data import input_pipeline, jpeg, sources
 from reference.run import checks
 
 
@@ -73,6 +73,16 @@ def test_encoded_images_with_labels():
   [(name, reason)] = skipped.items()
   assert name.startswith('image with CRC')
   assert reason == 'a damaged PNG'
+
+
+def test_the_first_record_may_be_damaged_too():
+  config = make_config('first_cut_short')
+  _, skipped, train, _ = take(config, batches=6)
+  assert train == sorted(4 * squares([1, 3, 4, 5, 6, 7]))
+  assert len(skipped) == 2
+  config.data.on_bad_image = 'stop'
+  with pytest.raises(jpeg.BadImageError, match='a damaged PNG'):
+    sources.open_source(config.data)
 
 
 def test_a_function_that_reads():

@@ -168,6 +168,44 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, one_device):
   assert len(ran) == 2 + 4 + 6
 
 
+def test_an_ablation_that_is_its_parent_has_rows_too(
+  tmp_path, monkeypatch, one_device
+):
+  monkeypatch.setattr(study_cell, 'make_program', lambda *_: None)
+  monkeypatch.setattr(study_cell, 'make_measures', lambda *_: None)
+  monkeypatch.setattr(study_cell, 'run', pretend_run)
+  config = make_config()
+  grid.run(config, tmp_path, command=COMMAND)
+  config.study.overrides.same = {}
+  config.study.ablations = {'same': 'vanilla'}
+  rows = grid.run(config, tmp_path, command=COMMAND)
+  finals = [
+    (x['variant'], int(x['seed'])) for x in rows if x['kind'] == 'final'
+  ]
+  assert finals == [(name, i) for name in ('vanilla', 'same') for i in (0, 1)]
+
+
+def test_a_cell_is_measured_by_its_own_model(tmp_path, monkeypatch, one_device):
+  monkeypatch.setattr(study_cell, 'make_program', lambda *_: None)
+  made = []
+
+  def make_measures(config, num_classes):
+    made.append(dict(config.model))
+    return made[-1]
+
+  def run(config, program, measures, *args, **keywords):
+    assert measures == dict(config.model)
+    return pretend_run(config, **keywords)
+
+  monkeypatch.setattr(study_cell, 'make_measures', make_measures)
+  monkeypatch.setattr(study_cell, 'run', run)
+  config = make_config(**{'study.variants': ('vanilla', 'conadv', 'wide')})
+  config.model.width = 8
+  config.study.overrides.wide = {'model': {'width': 16}}
+  grid.run(config, tmp_path, command=COMMAND)
+  assert [x['width'] for x in made] == [8, 16]
+
+
 def test_cells_run_at_once_each_once(tmp_path, monkeypatch):
   made = []
   monkeypatch.setattr(
@@ -298,6 +336,14 @@ def test_a_variant_that_is_not_there():
     grid.cell_config(make_config(), cell)
 
 
+def test_a_variant_of_other_images_is_refused():
+  config = make_config()
+  config.study.overrides.large = {'data': {'size': 16}}
+  cell = grid.Cell('large', 8, 1.0, 0, final=False)
+  with pytest.raises(Mistake, match=r"loads its images once\. Given 'large'"):
+    grid.cell_config(config, cell)
+
+
 def test_a_setting_may_be_any_value():
   config = make_config()
   trial = grid.Cell('vanilla', 8, 1.0, 0, final=False)
@@ -325,6 +371,8 @@ def test_a_row_has_the_numbers_of_its_own_attack():
     'targets': 'random',
     'adversarial_fraction': 0.5,
   }
+  config.method = 'conadv_reuse'
+  assert grid.attack_columns(config) == found | {'targets': 'none'}
   config.method = 'fast_advprop'
   assert grid.attack_columns(config) == {
     'epsilon': 2.0,

@@ -172,6 +172,26 @@ def test_no_split_sees_the_images_of_another(monkeypatch, one_device):
   assert rows[True]['robust_accuracy'] == 0.12
 
 
+def test_the_first_test_images_are_of_all_classes(monkeypatch):
+  source = numbered_source()
+  by_class = sorted(source.held_out, key=lambda number: number % 10)
+  data = {}
+  for name, held_out in (('mixed', source.held_out), ('sorted', by_class)):
+    monkeypatch.setattr(
+      sources,
+      'open_source',
+      lambda _, held_out=held_out: source._replace(held_out=held_out),
+    )
+    data[name] = study_cell.load(make_config()).test
+    assert numbers_in(data[name].images) == set(range(300, 400))
+    assert (
+      data[name].labels == [min(numbers_in(x)) % 10 for x in data[name].images]
+    ).all()
+    assert len(set(data[name].labels[:40])) == 10
+  # What is mixed already stays as it is.
+  assert (data['mixed'].labels == [x % 10 for x in source.held_out]).all()
+
+
 def test_too_many_images_are_refused():
   with pytest.raises(ValueError) as error:
     study_cell.load(make_config(**{'study.train_images': 1400}))

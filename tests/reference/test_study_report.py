@@ -308,6 +308,13 @@ def test_a_study_of_trials_alone_has_tables(rows):
   assert '2: 12.50' in text
 
 
+def test_without_the_plain_run_nothing_is_compared_with_it(rows):
+  rows = [x for x in rows if x['variant'] != 'vanilla']
+  head, _, *lines = report.accuracy_table(results.finals(rows), 750).split('\n')
+  column = head.split(' | ').index('s / plain')
+  assert {line.split(' | ')[column] for line in lines} == {''}
+
+
 def test_a_row_without_accuracy_is_no_number(rows):
   rows = [dict(row) for row in rows]
   for row in rows:
