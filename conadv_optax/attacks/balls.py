@@ -52,7 +52,8 @@ def _measure(tree: Any, axes: int) -> tuple[Any, Any]:
   """Each ball over its L2 norm, zero where that is, and the norm."""
   # Over the largest entry first, safe from under- and overflow.
   sizes = jax.tree.map(jnp.abs, tree)
-  largest = _of_each(jnp.max, jnp.maximum, sizes, axes)
+  most = functools.partial(jnp.max, initial=0.0)
+  largest = _of_each(most, jnp.maximum, sizes, axes)
   largest = jax.tree.map(lambda x: jnp.where(x > 0, x, 1.0), largest)
   tree = jax.tree.map(jnp.divide, tree, largest)
   squares = jax.tree.map(jnp.square, tree)
@@ -135,7 +136,7 @@ def _draw_l2(key: jax.Array, like: Any, axes: int) -> Any:
   leaves = jax.tree.leaves(like)
   size = sum(math.prod(x.shape[axes:]) for x in leaves)
   u = jax.random.uniform(length_key, leaves[0].shape[:axes], leaves[0].dtype)
-  length = u ** (1.0 / size)
+  length = u ** (1.0 / max(1, size))
   return jax.tree.map(
     lambda x: x * jnp.expand_dims(length, range(axes, x.ndim)),
     _measure(normal, axes)[0],

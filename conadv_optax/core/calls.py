@@ -69,8 +69,11 @@ def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
   """How much of the mean over groups is a group's, 1 on average."""
   if own is None or mean is None:
     return jnp.ones([], jnp.float32)
-  shares = [ratio(own[branch].mean, mean[branch].mean) for branch in own]
-  return sum(shares) / len(own)
+  share, weight = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+  for branch, of_mean in mean.items():
+    share += of_mean.weight * ratio(own[branch].mean, of_mean.mean)
+    weight += of_mean.weight
+  return ratio(share, weight)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)

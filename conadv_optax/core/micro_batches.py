@@ -49,7 +49,11 @@ def cut(batch: Batch, micro_batches: int) -> Batch:
   fix = 'take another number of them'
   check_divides(batch, micro_batches * devices, what, fix)
   return jax.tree.map(
-    lambda x: x.reshape(-1, micro_batches, *x.shape[1:]), batch
+    # Not -1, which has no value where an array has no elements.
+    lambda x: x.reshape(
+      x.shape[0] // micro_batches, micro_batches, *x.shape[1:]
+    ),
+    batch,
   )
 
 
@@ -68,11 +72,15 @@ def part_of(batches: Batch, number: jax.Array) -> Batch:
   )
 
 
+def merged(x: jax.Array, axis: int) -> jax.Array:
+  """With this axis and the next one in one."""
+  size = x.shape[axis] * x.shape[axis + 1]
+  return x.reshape(*x.shape[:axis], size, *x.shape[axis + 2 :])
+
+
 def join(stacked: Batch) -> Batch:
   """The batch of micro-batches that are stacked along a leading axis."""
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stacked
-  )
+  return jax.tree.map(lambda x: merged(x.swapaxes(0, 1), 0), stacked)
 
 
 def weight_of(batch: Batch, denominator: Denominator | None) -> jax.Array:

@@ -96,6 +96,11 @@ def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
   return jnp.where(is_some, part / jnp.where(is_some, whole, 1.0), 0.0)
 
 
+def inverse(x: jax.Array) -> jax.Array:
+  """`1 / x`, 0 of nothing."""
+  return ratio(jnp.ones_like(x), x)
+
+
 def weighted(weight: ArrayLike, x: jax.Array) -> jax.Array:
   """`weight * x`; nothing, not even a NaN, where the weight is 0."""
   weight = jnp.asarray(weight, x.dtype)

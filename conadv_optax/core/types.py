@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 
 Batch = Any
 """A pytree of arrays that share a leading axis, the batch."""
@@ -17,10 +18,12 @@ class Divisor(NamedTuple):
   Attributes:
     mean: over the groups.
     most: of any group.
+    weight: of the loss in that of a step, beside those of other branches.
   """
 
   mean: jax.Array
   most: jax.Array
+  weight: ArrayLike = 1.0
 
 
 Denominators = Mapping[str, Divisor]

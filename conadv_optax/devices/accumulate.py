@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from conadv_optax.core.calls import Call, around, pytree, share_of_mean
-from conadv_optax.core.micro_batches import cut, join, part_of
+from conadv_optax.core.micro_batches import cut, join, merged, part_of
 from conadv_optax.core.numeric import abs_sq, check_count, full, scale
 from conadv_optax.core.types import (
   Batch,
@@ -125,11 +125,7 @@ class _Accumulate:
       stacked,
       # From (K, tau, B / K, ...) to (tau, B, ...).
       queue=lambda part: jax.tree.map(
-        lambda x: (
-          jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])
-          if x.ndim > 1
-          else x[0]
-        ),
+        lambda x: merged(jnp.moveaxis(x, 0, 2), 1) if x.ndim > 1 else x[0],
         part,
       ),
       own=lambda part: part,
@@ -193,9 +189,7 @@ class _Accumulate:
       squares = _over(jax.tree.map(abs_sq, means[2]), seen / self.micro_batches)
       moment = optax.tree.add_scale(squares, 1 / self.micro_batches, moment)
     parts = groups.Parts(means, total.counts, total.kept, join(arrays))
-    state = _each_queue(
-      lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state
-    )
+    state = _each_queue(lambda x: merged(x, 1), state)
     return *groups.put_together(parts, moment, whole), state
 
   def _denominators(self, state: Any, batches: Batch) -> Denominators:
@@ -220,7 +214,10 @@ def _of_part(call: Call, number: jax.Array) -> Call:
 def _cut(state: Any, micro_batches: int) -> Any:
   """The queue, (tau, B, ...), as (tau, B / K, K, ...)."""
   return _each_queue(
-    lambda x: x.reshape(x.shape[0], -1, micro_batches, *x.shape[2:]), state
+    lambda x: x.reshape(
+      x.shape[0], x.shape[1] // micro_batches, micro_batches, *x.shape[2:]
+    ),
+    state,
   )
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.micro_batches import check_divides
-from conadv_optax.core.numeric import abs_sq, scale
+from conadv_optax.core.numeric import abs_sq, inverse, scale
 from conadv_optax.core.types import (
   Batch,
   ConAdvState,
@@ -239,11 +239,12 @@ class _DataParallel:
 
   def _moment(self, own: Any, mean: Any, within: Any, share: jax.Array) -> Any:
     """The second moment of the devices' gradients."""
-    of_all = self._mean(share)
-    center = scale(1 / of_all, mean)
+    # Nothing, where all is padding.
+    factor = inverse(self._mean(share))
+    center = scale(factor, mean)
     parts = groups.deviation(own, within, share, center, center)
     return jax.tree.map(
-      lambda g, part: scale(1 / of_all, abs_sq(g)) + part,
+      lambda g, part: scale(factor, abs_sq(g)) + part,
       mean,
       self._mean(parts),
     )

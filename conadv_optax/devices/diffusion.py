@@ -209,8 +209,18 @@ def _combination(matrix: np.ndarray, mesh: Mesh, axis: str) -> Any:
     return of_each[jax.lax.axis_index(axis)] * x
 
   def local(x: jax.Array) -> jax.Array:
-    wide = at_least_float32(x) if is_inexact(x) else x.astype(jnp.float32)
-    total = weigh(0, wide)
+    if is_inexact(x):
+      own = at_least_float32(x)
+      return (weigh(0, own) + from_others(own, lambda x: x)).astype(x.dtype)
+    # By how far they are apart: of large integers float32 holds not each.
+    kind = np.promote_types(x.dtype, np.int32)
+    own = x.astype(jax.dtypes.canonicalize_dtype(kind))
+    step = from_others(own, lambda x: (x - own).astype(jnp.float32))
+    return (own + jnp.round(step).astype(own.dtype)).astype(x.dtype)
+
+  def from_others(own: jax.Array, part: Callable[..., Any]) -> jax.Array:
+    """The weighted sum of a part of what neighbours have."""
+    total = jnp.zeros_like(part(own))
     # All edges of one length at once, along which each agent gets from one.
     for length in range(1, agents):
       edges = [
@@ -219,10 +229,8 @@ def _combination(matrix: np.ndarray, mesh: Mesh, axis: str) -> Any:
         if matrix[k - length, k]
       ]
       if edges:
-        total += weigh(length, jax.lax.ppermute(wide, axis, edges))
-    if not is_inexact(x):
-      total = jnp.round(total)
-    return total.astype(x.dtype)
+        total += weigh(length, part(jax.lax.ppermute(own, axis, edges)))
+    return total
 
   spec = P(axis)
   mapped = jax.shard_map(

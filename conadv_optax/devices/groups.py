@@ -132,7 +132,9 @@ def over_groups(
 ) -> Denominators:
   """The divisors of all groups, by how a number of each is put together."""
   return {
-    branch: Divisor(mean(divisor.mean), most(divisor.most))
+    branch: Divisor(
+      mean(divisor.mean), most(divisor.most), mean(divisor.weight)
+    )
     for branch, divisor in own.items()
   }
 
@@ -210,12 +212,14 @@ def check_groups(state: Any, number: int) -> None:
   """What each group has of its own, as many have."""
 
   def own(part: PerGroup) -> None:
-    held = {x.shape[0] for x in jax.tree.leaves(part)}
-    if held - {number}:
+    held = {jnp.shape(x)[:1] for x in jax.tree.leaves(part)} - {(number,)}
+    if held:
+      [*given] = held.pop()
       raise ValueError(
         f'Each of the {number} groups has its own part of the state. Given a '
-        f'state of {held.pop()} groups. Likely it is of a run on other devices '
-        'or with other micro-batches: restore all but the state, and write '
+        f'state of {given[0] if given else "no"} groups. Likely it is of a run '
+        'on other devices or with other micro-batches: restore all but the '
+        'state, and write '
         '`state = grad_fn.init(params, first_batches)`.'
       )
 

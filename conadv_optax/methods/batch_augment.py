@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from conadv_optax.core.micro_batches import merged
 from conadv_optax.core.numeric import check_count, describe
 from conadv_optax.core.paths import path_names
 from conadv_optax.core.types import Batch
@@ -95,7 +96,7 @@ def batch_augment(
       return jax.vmap(augment_fn, in_axes=(0, None))(keys, example)
 
     augmented = jax.vmap(copies_of)(_numbers(batch), batch)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), augmented)
+    return jax.tree.map(lambda x: merged(x, 0), augmented)
 
   return augment
 

@@ -23,7 +23,7 @@ from conadv_optax.core.numeric import (
   cast_like,
   check_choice,
   check_scalar,
-  ratio,
+  inverse,
   scale,
   tree_at_least_float32,
   zeros_like,
@@ -184,11 +184,11 @@ class _Extrapolate(Around):
       self.grad_fn
     )
     # The group's own gradient, of which a mean takes its share.
-    share = jnp.ones([])
+    share = jnp.ones([], jnp.float32)
     if call.denominators is not None:
       divisors = self.denominators(state, call.batch)
       share = share_of_mean(divisors, call.denominators)
-    its_own = scale(ratio(jnp.ones([]), share), tree_at_least_float32(grads))
+    its_own = scale(inverse(share), tree_at_least_float32(grads))
     _, own = self.tx.update(ascent(its_own), own, here)
     past: Any = ()
     if self.direction == 'past':

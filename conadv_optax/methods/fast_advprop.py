@@ -16,7 +16,7 @@ from conadv_optax.core.batches import first_part, rest_of
 from conadv_optax.core.calls import Call, gradient_function, pytree
 from conadv_optax.core.numeric import (
   check_share,
-  ratio,
+  inverse,
   scale,
   share_of,
 )
@@ -95,7 +95,8 @@ def fast_advprop(
   Args:
     loss_fn: as for `wrap`, with the same `has_state`, `has_aux`, `has_key`: the
       mean over the examples that it is given.
-    attack: an attack of one gradient, in the units of the inputs.
+    attack: an attack of one gradient, in the units of the inputs. In float16,
+      scale the loss as for training, or its gradient underflows.
     inputs: the leaf of the batch to perturb, as for `wrap`.
     adversarial_fraction: the share :math:`p` to attack, in (0, 1): the first
       :math:`\lfloor p B \rfloor` examples, at least one.
@@ -212,14 +213,14 @@ class _FastAdvProp:
     done = add(done, 'main', keys[2], rest)
     # The sums are means where they are divided by what went into each leaf.
     total = jax.tree.map(
-      lambda total, seen: scale(ratio(jnp.ones([]), seen), total),
+      lambda total, seen: scale(inverse(seen), total),
       done.gradients,
       _of_leaves(call.params, seen),
     )
     (loss, aux), grads = collect(
       done._replace(gradients=total), call, self.loss.has_aux
     )
-    loss = ratio(loss, jnp.asarray(sum(seen.values())))
+    loss = scale(inverse(jnp.asarray(sum(seen.values()))), loss)
     return (loss, aux), grads, call.state
 
   def _split(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -237,10 +238,11 @@ class _FastAdvProp:
     """What the losses are divided by, by default how many examples."""
 
     def divisor(part: Batch) -> Divisor:
-      if self.loss.denominator is not None:
-        return self.loss.divisor(part)
       size = jnp.float32(self.leaf.examples(part))
-      return Divisor(size, size)
+      if self.loss.denominator is not None:
+        size = self.loss.divisor(part).mean
+      # The loss is that of all examples, in whatever branch.
+      return Divisor(size, size, size)
 
     return {'adversarial': divisor(attacked), 'main': divisor(rest)}
 

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.calls import Around, Call, around, pytree
+from conadv_optax.core.calls import (
+  Around,
+  Call,
+  around,
+  pytree,
+  share_of_mean,
+)
 from conadv_optax.core.numeric import (
   add_scale,
   cast_like,
@@ -252,6 +258,7 @@ class _Sam(Around):
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
     state, call = call.state, call._replace(state=call.state.inner)
+    share = self._share(state, call)
     output, grads, gradient, inner = first_pass(
       self.grad_fn, call, self.axis, 'sam'
     )
@@ -277,6 +284,7 @@ class _Sam(Around):
         mixed = self._mix(tree_at_least_float32(grads), sharp(), rounding)
       else:
         mixed = self._mix(gradient, self._mean(sharp()), rounding)
+        mixed = self._own(grads, gradient, mixed, share)
       return output, cast_like(mixed, grads), SamState(inner, (), ())
 
     is_due = state.phase == 0
@@ -293,6 +301,7 @@ class _Sam(Around):
     reused = add_scale(gradient, length, unit(direction))
     there = optax.tree.where(is_due, sharp_gradient, reused)
     mixed = self._mix(gradient, there, rounding)
+    mixed = self._own(grads, gradient, mixed, share)
     phase = (state.phase + 1) % self.every
     new_state = SamState(inner, phase, hold(self.axis, direction))
     return output, cast_like(mixed, grads), new_state
@@ -309,6 +318,24 @@ class _Sam(Around):
       return (1 - a) * g + a * s
 
     return jax.tree.map(mix, gradient, sharp_gradient)
+
+  def _share(self, state: Any, call: Call) -> Any:
+    """How much of the mean over the devices of `axis` is this one's."""
+    own = None
+    if self.grad_fn.denominators is not None:
+      own = self.denominators(state, call.batch)
+    return share_of_mean(own, call.denominators)
+
+  def _own(self, grads: Any, mean: Any, mixed: Any, share: Any) -> Any:
+    """A device's part of the mean `mixed`.
+
+    As far from it as the device's gradient is from the mean of all, so that
+    devices still differ where that is measured.
+    """
+    if self.axis is None:
+      return mixed
+    shift = optax.tree.sub(mixed, mean)
+    return add_scale(tree_at_least_float32(grads), share, shift)
 
   def _mean(self, tree: Any) -> Any:
     return mean_over(self.axis, tree, 'sam')

@@ -288,6 +288,8 @@ class _SparseSam(Around):
 def _largest(scores: Any, count: ArrayLike) -> Any:
   """True at the `count` largest scores of a tree, the first of equal ones."""
   leaves, treedef = jax.tree.flatten(scores)
+  if not leaves:
+    return scores
   flat = jnp.concatenate([_whole(x).ravel() for x in leaves])
   order = jnp.argsort(flat, descending=True, stable=True)
   places = jnp.arange(flat.size, dtype=jnp.int32)

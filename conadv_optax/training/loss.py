@@ -59,10 +59,10 @@ class Loss:
     )
     return self._unpack(output, state, 1 if by_example else 0)
 
-  def divisor(self, batch: Batch) -> Divisor:
-    """What the loss of `batch` was divided by."""
+  def divisor(self, batch: Batch, weight: ArrayLike = 1.0) -> Divisor:
+    """What the loss of `batch` was divided by, and its weight in a step's."""
     value = weight_of(batch, self.denominator)
-    return Divisor(value, value)
+    return Divisor(value, value, jnp.asarray(weight, jnp.float32))
 
   def check(self, call: Call, *, draws: bool = False) -> None:
     """What a call passes is what the loss takes."""

@@ -82,7 +82,7 @@ def train(
   Left to itself the compiler interleaves them and keeps the activations of all.
 
   Where the call is one group's part of a mean over groups, so is what a pass
-  returns, at least float32.
+  returns, at least float32. Of padding alone it is nothing.
   """
   done = before or Trained({}, {}, {}, {})
   for name, one in passes.items():
@@ -112,8 +112,11 @@ def _one_pass(
   share: Any = None
   rest_of_share: Any = None
   old = dual_bn.select(call.model_state, one.branch)
-  if call.denominators is not None:
-    of_mean = call.denominators[one.branch]
+  is_part = call.denominators is not None
+  if is_part or loss.denominator is not None:
+    # Of a batch by itself the mean is its own, which is none of padding alone.
+    divisors = call.denominators or {one.branch: loss.divisor(one.batch)}
+    of_mean = divisors[one.branch]
     # At most 1 where the model's dtype may be short, the rest in float32.
     share = ratio(loss.divisor(one.batch).mean, of_mean.most)
     rest_of_share = ratio(of_mean.most, of_mean.mean)
@@ -121,8 +124,9 @@ def _one_pass(
   def part(x: Any) -> Any:
     if share is None or not is_inexact(x):
       return x
-    x = weighted(share, at_least_float32(jnp.asarray(x)))
-    return scale(rest_of_share, x)
+    x = jnp.asarray(x)
+    wide = scale(rest_of_share, weighted(share, at_least_float32(x)))
+    return wide if is_part else wide.astype(x.dtype)
 
   def part_of_state(new: Any, old: Any) -> Any:
     new = part(new)

@@ -80,7 +80,10 @@ class Step:
   def divisors(self, clean: Batch, attacked: Batch) -> Denominators:
     """What the losses of these examples are divided by."""
     examples = self._examples(clean, attacked)
-    return {name: self.loss.divisor(batch) for name, batch in examples.items()}
+    return {
+      name: self.loss.divisor(batch, self.weights[name])
+      for name, batch in examples.items()
+    }
 
   def train(
     self,

@@ -430,6 +430,139 @@ def test_a_batch_of_padding_alone_is_no_gradient():
     np.testing.assert_array_equal(grads, 0)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_padding_alone_is_nothing_without_groups_too(dtype):
+  """Of a loss that is 0 / 0 there, and of an average that it moves."""
+
+  def moving(w, average, batch):
+    total = jnp.sum(batch['mask'])
+    loss = jnp.sum(jnp.square(w * batch['x']) * batch['mask']) / total
+    mean = jnp.sum(batch['x'] * batch['mask']) / total
+    return loss, (0.5 * (average + mean), {'mean': mean})
+
+  options = {
+    'has_state': True,
+    'has_aux': True,
+    'denominator': lambda batch: jnp.sum(batch['mask']),
+  }
+  plain = conadv.plain(moving, **options)
+  w, average = jnp.asarray(2.0, dtype), jnp.asarray(1.0, dtype)
+  batch = {'x': jnp.full(4, 3.0, dtype), 'mask': jnp.zeros(4, dtype)}
+  (loss, aux), grads, _ = plain.value_and_grad(
+    w, plain.init(w, []), batch, model_state=average
+  )
+  assert (float(loss), float(grads), float(aux.model_state)) == (0, 0, 1)
+  assert {
+    grads.dtype,
+    aux.model_state.dtype,
+    aux.aux['main']['mean'].dtype,
+  } == {jnp.dtype(dtype)}
+  # The attacked half is padding, the other is not.
+  half = conadv.wrap(
+    moving,
+    0,
+    attack=conadv.fgsm(0.0),
+    inputs='x',
+    adversarial_fraction=0.5,
+    weights={'main': 1.0, 'adversarial': 1.0},
+    **options,
+  )
+  batch['mask'] = jnp.asarray([0, 0, 1, 1], dtype)
+  (loss, aux), grads, _ = half.value_and_grad(
+    w, half.init(w, []), batch, model_state=average
+  )
+  # (2 * 3)^2 and its derivative, and half of the way from 1 to 3.
+  assert (float(loss), float(grads), float(aux.model_state)) == (36, 36, 2)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    lambda fn: fn,
+    lambda fn: conadv.accumulate(fn, 3, second_moment=True),
+  ],
+)
+def test_padding_alone_has_no_second_moment(inner):
+  plain = conadv.plain(loss_fn, denominator=denominator)
+  within = inner(plain)
+  grad_fn = conadv.data_parallel(
+    within, make_mesh(4), second_moment=within is plain
+  )
+  batch = {**BATCHES[0], 'mask': np.zeros((BATCH, TOKENS), np.float32)}
+  (_, aux), grads, _ = grad_fn.value_and_grad(
+    START, grad_fn.init(START, []), batch
+  )
+  np.testing.assert_array_equal(aux.second_moment, np.zeros_like(START))
+  tx = conadv.scale_by_gsnr()
+  updates, _ = tx.update(
+    grads, tx.init(START), START, second_moment=aux.second_moment
+  )
+  np.testing.assert_array_equal(updates, np.zeros_like(START))
+
+
+def unequal(kind):
+  """Losses whose branches have other shares, and what a group's share is."""
+
+  def mean(w, batch):
+    return jnp.sum(w * batch['mask']) / jnp.sum(batch['mask'])
+
+  options = {
+    'attack': conadv.fgsm(0.0),
+    'inputs': 'x',
+    'adversarial_fraction': 0.25,
+    'denominator': lambda batch: jnp.sum(batch['mask']),
+  }
+  if kind == 'fast_advprop':
+    return conadv.fast_advprop(mean, **options)
+  weights = {'main': 1.0, 'adversarial': 0.0}
+  return conadv.wrap(mean, 0, weights=weights, **options)
+
+
+@pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
+@pytest.mark.parametrize('groups', ['micro-batches', 'devices'])
+def test_groups_that_agree_do_so_whatever_their_branches_share(kind, groups):
+  """One group has four examples, the other the one that is attacked."""
+  fn = unequal(kind)
+  grad_fn = {
+    'micro-batches': lambda: conadv.accumulate(fn, 2, second_moment=True),
+    'devices': lambda: conadv.data_parallel(
+      fn, make_mesh(2), second_moment=True
+    ),
+  }[groups]()
+  mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+  if groups == 'micro-batches':
+    mask = mask.reshape(2, 4).T.ravel()
+  batch = {'x': np.zeros(8, np.float32), 'mask': mask}
+  w = jnp.float32(3.0)
+  (_, aux), grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  # The gradient of each example is 1.
+  np.testing.assert_allclose((grads, aux.second_moment), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
+def test_a_group_goes_ahead_as_far_whatever_its_branches_share(kind):
+  grad_fn = conadv.data_parallel(
+    conadv.extrapolate(unequal(kind), 1.0), make_mesh(2)
+  )
+  mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
+  batch = {'x': np.zeros(8, np.float32), 'mask': mask}
+  w = jnp.float32(3.0)
+  state = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)[2]
+  np.testing.assert_allclose(state.past.value, np.ones(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
+def test_a_group_by_itself_with_64_bits_enabled(kind):
+  with jax.enable_x64(True):
+    grad_fn = conadv.data_parallel(
+      conadv.extrapolate(unequal(kind), 0.0), make_mesh(2)
+    )
+    batch = {'x': np.zeros(8), 'mask': np.ones(8)}
+    w = jnp.float64(3.0)
+    _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+    assert (float(grads), grads.dtype) == (1.0, jnp.float64)
+
+
 def test_statistics_of_padding_alone_stay_as_they_are():
   batch = {**BATCHES[0], 'mask': np.zeros((BATCH, TOKENS), np.float32)}
   padded_first = {**batch, 'mask': np.ones((BATCH, TOKENS), np.float32)}

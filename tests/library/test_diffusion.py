@@ -248,3 +248,45 @@ def test_traced_weights_another_axis_and_one_way_edges():
     conadv.diffusion(loss_fn, mesh, np.eye(AGENTS), axis='agent')
   with pytest.raises(ValueError, match=r'neighbours \+ neighbours.T'):
     conadv.metropolis_weights(np.triu(np.ones((3, 3))))
+
+
+def test_an_agent_of_padding_alone_adds_nothing():
+  mask = np.repeat([1, 1, 1, 0], 3).astype(np.float32)
+  x = np.arange(12, dtype=np.float32)
+  grad_fn = conadv.plain(
+    lambda w, batch: (
+      jnp.sum(batch['mask'] * (w - batch['x']) ** 2) / jnp.sum(batch['mask'])
+    ),
+    denominator=lambda batch: jnp.sum(batch['mask']),
+  )
+  ring = conadv.metropolis_weights(
+    np.roll(np.eye(4), 1, 0) + np.roll(np.eye(4), -1, 0)
+  )
+  agents = conadv.diffusion(grad_fn, make_mesh(4), ring)
+  w = agents.spread(jnp.float32(0.0))
+  _, grads, _ = agents.value_and_grad(
+    w, agents.init(w, []), {'x': x, 'mask': mask}
+  )
+  np.testing.assert_allclose(grads, [-2, -8, -14, 0], rtol=1e-6)
+  assert np.isfinite(agents.combine(w - grads)).all()
+
+
+def test_large_integers_stay_where_agents_have_the_same():
+  everyone = conadv.metropolis_weights(np.ones((4, 4)))
+  agents = conadv.diffusion(lambda w, x: w, make_mesh(4), everyone)
+  tree = {
+    'counter': jnp.full(4, 2**24 + 1, jnp.int32),
+    'unsigned': jnp.full(4, 2**32 - 1, jnp.uint32),
+    'apart': jnp.array([2**24 + 1, 2**24 + 3, 2**24 + 5, 2**24 + 7]),
+    'small': jnp.array([0, 10, 250, 255], jnp.uint8),
+    'flag': jnp.array([True, True, True, False]),
+  }
+  found = agents.combine(tree)
+  means = {'apart': 2**24 + 4, 'small': 129, 'flag': True}
+  chex.assert_trees_all_equal(
+    found,
+    {
+      name: jnp.full(4, means[name], x.dtype) if name in means else x
+      for name, x in tree.items()
+    },
+  )

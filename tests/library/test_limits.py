@@ -337,3 +337,43 @@ def test_a_report_counts_what_is_moved(pairs):
 LINEAR = conadv.wrap(
   lambda w, batch: jnp.mean(batch['image'] @ w), attack=conadv.fgsm(0.1)
 )
+
+
+def test_a_leaf_without_elements_is_cut_and_joined_as_any():
+  batch = {'x': np.arange(8, dtype=np.float32), 'none': np.zeros((8, 0))}
+  batch['none'] = batch['none'].astype(np.float32)
+  grad_fn = conadv.accumulate(
+    conadv.wrap(
+      lambda w, batch: (jnp.mean(w * batch['x']), batch['none']),
+      1,
+      inputs='x',
+      attack=conadv.fgsm(0.0),
+      has_aux=True,
+    ),
+    4,
+  )
+  w = jnp.float32(1.0)
+  state = grad_fn.init(w, [batch])
+  (_, aux), grads, state = grad_fn.value_and_grad(w, state, batch)
+  np.testing.assert_allclose(grads, 3.5)
+  assert aux.aux['main'].shape == (8, 0)
+  assert state.queue.batch['none'].shape == (1, 8, 0)
+  augment = conadv.batch_augment(lambda key, example: example, 2)
+  copies = augment(jax.random.key(0), batch)
+  assert copies['none'].shape == (16, 0)
+  np.testing.assert_array_equal(copies['x'], np.repeat(batch['x'], 2))
+
+
+def test_an_attack_of_nothing_is_nothing():
+  grad_fn = conadv.wrap(
+    lambda w, batch: jnp.mean(w * batch['y']) + jnp.sum(batch['x']),
+    0,
+    inputs='x',
+    attack=conadv.pgd(0.1, norm='l2'),
+  )
+  w, key = jnp.float32(1.0), jax.random.key(0)
+  batch = {'x': jnp.zeros((4, 0)), 'y': jnp.ones(4)}
+  _, grads, _ = grad_fn.value_and_grad(
+    w, grad_fn.init(w, [], key=key), batch, key=key
+  )
+  np.testing.assert_allclose(grads, 1.0)

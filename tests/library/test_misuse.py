@@ -341,3 +341,9 @@ def test_a_state_of_another_number_of_groups(groups):
   with pytest.raises(ValueError) as error:
     make(2).value_and_grad(w, state, x)
   assert_says(error, 'Each of the 2 groups', 'of 4 groups', 'grad_fn.init(')
+  # A scalar has no axis where groups could stand.
+  alone = conadv.sam(lambda w, x: jnp.mean(w * x), 0.1, every=2)
+  state = conadv.accumulate(alone, 2).init(jnp.ones([]), [])
+  state = state._replace(direction=conadv.PerGroup(jnp.ones([])))
+  with pytest.raises(ValueError, match='of no groups'):
+    conadv.accumulate(alone, 2).value_and_grad(jnp.ones([]), state, x[:, 0])

@@ -1,5 +1,7 @@
 """SAM and its forms, against NumPy and Optax."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -634,9 +636,53 @@ def test_what_looksam_reuses_is_no_rounding_where_there_is_a_denominator():
   )
 
 
-def test_no_parameters_have_no_gradient():
-  grad_fn = conadv.sam(lambda params, batch: jnp.mean(batch), 0.1)
+@pytest.mark.parametrize(
+  'method',
+  [conadv.sam, functools.partial(conadv.sparse_sam, refresh_every=1)],
+)
+def test_no_parameters_have_no_gradient(method):
+  grad_fn = method(lambda params, batch: jnp.mean(batch), 0.1)
+  key = jax.random.key(0)
   (loss, _), grads, _ = grad_fn.value_and_grad(
-    {}, grad_fn.init({}, []), jnp.ones(3)
+    {}, grad_fn.init({}, [], key=key), jnp.ones(3), key=key
   )
   assert (float(loss), grads) == (1.0, {})
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+  'options', [{'every': 2}, {'gap_weight': 0.1}], ids=['every', 'gap']
+)
+def test_devices_of_one_axis_differ_as_their_gradients_do(options, masked):
+  rng = np.random.default_rng(0)
+  x = np.float32(rng.normal(size=(8, 3)))
+  mask, scales = np.ones(8, np.float32), np.float32([[1, 2, 4]])
+  if masked:
+    mask[[1, 5, 6, 7]] = 0
+  loss = conadv.plain(
+    lambda w, batch: (
+      jnp.sum(batch['mask'][:, None] * scales * (batch['x'] - w[None]) ** 2)
+      / jnp.sum(batch['mask'])
+    ),
+    denominator=lambda batch: jnp.sum(batch['mask']),
+  )
+  grad_fn = conadv.data_parallel(
+    conadv.sam(loss, 0.1, axis='data', **options),
+    make_mesh(4),
+    second_moment=True,
+  )
+  w, batch = jnp.ones(3), {'x': x, 'mask': mask}
+  state = grad_fn.init(w, [])
+  shares = mask.reshape(4, 2).sum(1) / mask.reshape(4, 2).sum(1).mean()
+  sums = (
+    np.where(mask[:, None] > 0, 2 * scales * (1 - x), 0).reshape(4, 2, 3).sum(1)
+  )
+  own = sums / np.maximum(mask.reshape(4, 2).sum(1), 1)[:, None]
+  mean = (shares[:, None] * own).mean(0)
+  for _ in range(2):
+    (_, aux), grads, state = grad_fn.value_and_grad(w, state, batch)
+    assert np.abs(grads - mean).max() > 0.01
+    apart = own + np.asarray(grads - mean)
+    np.testing.assert_allclose(
+      aux.second_moment, (shares[:, None] * apart**2).mean(0), rtol=1e-4
+    )
