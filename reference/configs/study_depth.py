@@ -14,7 +14,7 @@ either batch. 120 epochs are 4,688 steps of 128 and 293 of 2,048: the plain run
 fits its images, which it does not in 195. On images of half the side it takes
 four minutes of a core. The six variants are 9.8 plain runs by arithmetic; with
 two peaks and three seeds a batch is 49, and both batches take seven hours of a
-core. The smaller batch, and the variants of Fast AdvProp, have not yet run.
+core. The smaller batch has not yet run.
 """
 
 import ml_collections
