@@ -304,19 +304,21 @@ def draw(
     pages.save(folder / f'{name}_{what}', draw, *args, size=(width, height))
 
   sizes = results.batch_sizes(groups)
-  if len(sizes) > 1:
+  has_prices = results.has_prices(groups)
+  if len(sizes) > 1 and not has_prices:
     save('accuracy', plots.accuracy, groups, width=7.5)
   # A line of the legend is a fifth of an inch high.
   height = max(3.6, 0.2 * len({variant for variant, _ in groups}))
   save('time', plots.time, groups, width=9.5, height=height)
-  if results.has_prices(groups):
-    variants = results.priced(groups, sizes[-1])
+  for size in sizes if has_prices else ():
+    variants = results.priced(groups, size)
     measures = {
       'arithmetic': {name: results.price(x[0]) for name, x in variants.items()},
       'seconds': results.slowdowns(variants),
       **(prices or {}),
     }
-    save('price', plots.price, variants, measures, width=11, height=5)
+    what = f'price_{size}'
+    save(what, plots.price, variants, measures, width=11, height=5)
   plain = groups.get(('vanilla', sizes[-1]), [])
   for field in ('staleness', 'epsilon'):
     found = results.effects(groups)[field]

@@ -329,8 +329,18 @@ def test_a_row_without_accuracy_is_no_number(rows):
 def test_every_figure_is_drawn_for_light_and_dark(rows, tmp_path):
   report.draw(rows, tmp_path / 'figures')
   found = {path.name for path in (tmp_path / 'figures').iterdir()}
+  common = {'time', 'staleness', 'epsilon'}
   assert found == {
     f'made_up_{what}-{theme}.svg'
-    for what in ('accuracy', 'time', 'price', 'staleness', 'epsilon')
+    for what in common | {'price_60', 'price_750'}
+    for theme in ('light', 'dark')
+  }
+  # Of what has no price.
+  other = [{**x, 'augmentation': 'pad'} for x in rows]
+  report.draw(other, tmp_path / 'others')
+  found = {path.name for path in (tmp_path / 'others').iterdir()}
+  assert found == {
+    f'made_up_{what}-{theme}.svg'
+    for what in common | {'accuracy'}
     for theme in ('light', 'dark')
   }
