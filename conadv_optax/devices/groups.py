@@ -133,7 +133,9 @@ def over_groups(
   """The divisors of all groups, by how a number of each is put together."""
   return {
     branch: Divisor(
-      mean(divisor.mean), most(divisor.most), mean(divisor.weight)
+      mean(divisor.mean),
+      most(divisor.most),
+      mean(jnp.asarray(divisor.weight, jnp.float32)),
     )
     for branch, divisor in own.items()
   }
