@@ -129,6 +129,13 @@ class Around:
     assert self.grad_fn.denominators is not None
     return self.grad_fn.denominators(state.inner, batch)
 
+  def share(self, state: Any, call: Call) -> Any:
+    """How much of the mean that a call is a part of is its own."""
+    own = None
+    if self.grad_fn.denominators is not None:
+      own = self.denominators(state, call.batch)
+    return share_of_mean(own, call.denominators)
+
 
 def _init(
   made: Any,

@@ -10,7 +10,7 @@ import optax
 
 from conadv_optax.core.calls import Call, around, pytree, share_of_mean
 from conadv_optax.core.micro_batches import cut, join, merged, part_of
-from conadv_optax.core.numeric import abs_sq, check_count, full, scale
+from conadv_optax.core.numeric import abs_sq, check_count, full, inverse, scale
 from conadv_optax.core.types import (
   Batch,
   ConAdvState,
@@ -268,4 +268,4 @@ def _write(written: Any, new: Any, number: jax.Array) -> Any:
 
 def _over(total: Any, seen: jax.Array) -> Any:
   """A mean; zero of nothing."""
-  return scale(1 / jnp.where(seen > 0, seen, 1.0), total)
+  return scale(inverse(seen), total)

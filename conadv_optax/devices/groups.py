@@ -15,6 +15,7 @@ from conadv_optax.core.numeric import (
   abs_sq,
   at_least_float32,
   cast_like,
+  inverse,
   is_inexact,
   scale,
 )
@@ -166,17 +167,17 @@ def deviation(
     before: the mean, or that of the groups before this one.
     after: the mean, or that of the groups up to this one.
   """
-  divisor = jnp.where(share > 0, share, 1.0)
+  factor = inverse(share)
 
   def about(g: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-    own = scale(1 / divisor, g)
+    own = scale(factor, g)
     return scale(share, jnp.real(jnp.conj(own - before) * (own - after)))
 
   parts = jax.tree.map(about, grads, before, after)
   if second_moment is None:
     return parts
   return jax.tree.map(
-    lambda part, s, g: part + s - scale(1 / divisor, abs_sq(g)),
+    lambda part, s, g: part + s - scale(factor, abs_sq(g)),
     parts,
     second_moment,
     grads,
@@ -221,8 +222,7 @@ def check_groups(state: Any, number: int) -> None:
         f'Each of the {number} groups has its own part of the state. Given a '
         f'state of {given[0] if given else "no"} groups. Likely it is of a run '
         'on other devices or with other micro-batches: restore all but the '
-        'state, and write '
-        '`state = grad_fn.init(params, first_batches)`.'
+        'state, and write `state = grad_fn.init(params, first_batches)`.'
       )
 
   map_state(state, queue=lambda part: None, own=own, shared=lambda leaf: None)

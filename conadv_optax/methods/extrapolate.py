@@ -16,7 +16,6 @@ from conadv_optax.core.calls import (
   Call,
   around,
   pytree,
-  share_of_mean,
 )
 from conadv_optax.core.numeric import (
   ascent,
@@ -184,11 +183,8 @@ class _Extrapolate(Around):
       self.grad_fn
     )
     # The group's own gradient, of which a mean takes its share.
-    share = jnp.ones([], jnp.float32)
-    if call.denominators is not None:
-      divisors = self.denominators(state, call.batch)
-      share = share_of_mean(divisors, call.denominators)
-    its_own = scale(inverse(share), tree_at_least_float32(grads))
+    factor = inverse(self.share(state, call))
+    its_own = scale(factor, tree_at_least_float32(grads))
     _, own = self.tx.update(ascent(its_own), own, here)
     past: Any = ()
     if self.direction == 'past':

@@ -16,13 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from conadv_optax.core.calls import (
-  Around,
-  Call,
-  around,
-  pytree,
-  share_of_mean,
-)
+from conadv_optax.core.calls import Around, Call, around, pytree
 from conadv_optax.core.numeric import (
   add_scale,
   cast_like,
@@ -258,7 +252,6 @@ class _Sam(Around):
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, SamState]:
     state, call = call.state, call._replace(state=call.state.inner)
-    share = self._share(state, call)
     output, grads, gradient, inner = first_pass(
       self.grad_fn, call, self.axis, 'sam'
     )
@@ -284,7 +277,7 @@ class _Sam(Around):
         mixed = self._mix(tree_at_least_float32(grads), sharp(), rounding)
       else:
         mixed = self._mix(gradient, self._mean(sharp()), rounding)
-        mixed = self._own(grads, gradient, mixed, share)
+        mixed = self._own(self.share(state, call), grads, gradient, mixed)
       return output, cast_like(mixed, grads), SamState(inner, (), ())
 
     is_due = state.phase == 0
@@ -301,7 +294,7 @@ class _Sam(Around):
     reused = add_scale(gradient, length, unit(direction))
     there = optax.tree.where(is_due, sharp_gradient, reused)
     mixed = self._mix(gradient, there, rounding)
-    mixed = self._own(grads, gradient, mixed, share)
+    mixed = self._own(self.share(state, call), grads, gradient, mixed)
     phase = (state.phase + 1) % self.every
     new_state = SamState(inner, phase, hold(self.axis, direction))
     return output, cast_like(mixed, grads), new_state
@@ -319,14 +312,7 @@ class _Sam(Around):
 
     return jax.tree.map(mix, gradient, sharp_gradient)
 
-  def _share(self, state: Any, call: Call) -> Any:
-    """How much of the mean over the devices of `axis` is this one's."""
-    own = None
-    if self.grad_fn.denominators is not None:
-      own = self.denominators(state, call.batch)
-    return share_of_mean(own, call.denominators)
-
-  def _own(self, grads: Any, mean: Any, mixed: Any, share: Any) -> Any:
+  def _own(self, share: Any, grads: Any, mean: Any, mixed: Any) -> Any:
     """A device's part of the mean `mixed`.
 
     As far from it as the device's gradient is from the mean of all, so that

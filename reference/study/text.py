@@ -43,6 +43,7 @@ LENGTH, WORDS, WIDTH = 16, 2048, 32
 Batch = dict[str, Any]
 
 
+@functools.cache
 def read_lines() -> tuple[Batch, Batch, Batch]:
   """Lines to train on, a tenth to choose by, and a tenth to report.
 
