@@ -13,8 +13,7 @@ The large batch is of 16 micro-batches, so that a BatchNorm sees 128 images at
 either batch. 120 epochs are 4,688 steps of 128 and 293 of 2,048: the plain run
 fits its images, which it does not in 195. On images of half the side it takes
 four minutes of a core. The six variants are 9.8 plain runs by arithmetic; with
-two peaks and three seeds a batch is 49, and both batches take seven hours of a
-core. The smaller batch has not yet run.
+two peaks and three seeds a batch is 49, two to three hours of a core.
 """
 
 import ml_collections
