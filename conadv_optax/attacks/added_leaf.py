@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conadv_optax.core.numeric import describe
+from conadv_optax.core.numeric import describe, varying_like
 from conadv_optax.core.paths import Leaf
 from conadv_optax.core.types import Batch
 
@@ -65,7 +65,8 @@ def added_leaf(name: str, like: Callable[[Batch], Any]) -> Leaf:
     if name in batch:
       return batch[name]
     shape = like(batch)
-    return jnp.zeros(shape.shape, shape.dtype)
+    # Of each device's own examples, inside of a `shard_map` too.
+    return varying_like(jnp.zeros(shape.shape, shape.dtype), batch)
 
   def set_(batch: Batch, value: jax.Array) -> Batch:
     _check_dict(batch)

@@ -193,12 +193,7 @@ class _Climb:
     of_leaves = {
       name: _of_leaves(name, value, clean) for name, value in numbers.items()
     }
-    jax.tree.map(
-      lambda _, low, high: _check_ordered(low, high),
-      clean,
-      of_leaves['bounds[0]'],
-      of_leaves['bounds[1]'],
-    )
+    _check_ordered(of_leaves['bounds[0]'], of_leaves['bounds[1]'])
     of_each = (
       jax.tree.map(functools.partial(_broadcast, name), clean, value)
       for name, value in of_leaves.items()
@@ -210,7 +205,8 @@ class _Climb:
       return region.clean
     assert key is not None  # `wrap` and its siblings have seen to it.
     coin_key, noise_key = jax.random.split(key)
-    from_clean = jax.random.bernoulli(coin_key, self.chance)
+    chance = jnp.asarray(self.chance, float)
+    from_clean = jax.random.bernoulli(coin_key, chance)
     noise = region.draw(noise_key)
     return region.project(
       jax.tree.map(
@@ -306,16 +302,21 @@ def _unpack(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _check_ordered(low: Any, high: Any) -> None:
-  least, most = concrete(low), concrete(high)
-  if least is None or most is None:
-    return
-  given = f'bounds=({least.tolist()}, {most.tolist()})'
-  if not np.all(least <= most):
-    raise ValueError(
-      '`bounds` is (low, high), with low nowhere above high. Given '
-      f'{given}. Likely they are swapped: `bounds=(0., 1.)`.'
-    )
-  if np.all(least == most):
+  """Low is nowhere above high, and in some leaf there is room between them."""
+  leaves = zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True)
+  pairs = [(concrete(low), concrete(high)) for low, high in leaves]
+  is_fixed = []
+  for least, most in pairs:
+    if least is None or most is None:
+      return
+    given = f'bounds=({least.tolist()}, {most.tolist()})'
+    if not np.all(least <= most):
+      raise ValueError(
+        '`bounds` is (low, high), with low nowhere above high. Given '
+        f'{given}. Likely they are swapped: `bounds=(0., 1.)`.'
+      )
+    is_fixed.append(np.all(least == most))
+  if all(is_fixed):
     raise ValueError(
       f'`bounds` leave no room between low and high. Given {given}. Likely a '
       'pair for each leaf: write all that is low first, `bounds=([0., 0.], '

@@ -68,8 +68,8 @@ class Call(NamedTuple):
 def share_of_mean(own: Denominators | None, mean: Denominators | None) -> Any:
   """How much of the mean over groups is a group's, 1 on average."""
   if own is None or mean is None:
-    return jnp.ones([], jnp.float32)
-  share, weight = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32)
+    return jnp.ones([], float)
+  share, weight = jnp.zeros([], float), jnp.zeros([], float)
   for branch, of_mean in mean.items():
     share += of_mean.weight * ratio(own[branch].mean, of_mean.mean)
     weight += of_mean.weight

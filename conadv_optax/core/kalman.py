@@ -141,10 +141,16 @@ def predict(previous: Statistics, kernel: jax.Array) -> Statistics:
   mean, var = (x.astype(kernel.dtype) for x in previous)
   # Not 0, where the root has no slope.
   std = jnp.sqrt(jnp.maximum(var, jnp.finfo(var.dtype).tiny))
-  above, density = gaussian.cdf(mean / std), gaussian.pdf(mean / std)
+  z = mean / std
+  above, density = gaussian.cdf(z), gaussian.pdf(z)
   first = mean * above + std * density
-  second = (jnp.square(mean) + var) * above + mean * std * density
-  spread = jnp.maximum(second - jnp.square(first), 0.0)
+  # Not the second moment less `first ** 2`, which is lost in rounding where the
+  # mean is many deviations from zero. Beyond 30 of them nothing changes.
+  z = jnp.clip(z, -30.0, 30.0)
+  spread = above + z * (
+    z * above * gaussian.cdf(-z) + density * (1 - 2 * above)
+  )
+  spread = var * jnp.maximum(spread - jnp.square(density), 0.0)
   return Statistics(
     jnp.einsum('i,...io->o', first, kernel),
     jnp.einsum('i,...io->o', spread, jnp.square(kernel)),

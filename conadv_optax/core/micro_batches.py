@@ -84,7 +84,7 @@ def join(stacked: Batch) -> Batch:
 
 
 def weight_of(batch: Batch, denominator: Denominator | None) -> jax.Array:
-  """The weight of a part in a mean, float32; 1 without a denominator."""
+  """The weight of a part in a mean, floating; 1 without a denominator."""
   weight = 1 if denominator is None else denominator(batch)
   if weight is None or jnp.ndim(weight) or jnp.iscomplexobj(weight):
     raise TypeError(
@@ -92,7 +92,7 @@ def weight_of(batch: Batch, denominator: Denominator | None) -> jax.Array:
       f'divided by. It returned {describe(weight)}. Likely a sum is missing: '
       "`denominator=lambda batch: batch['mask'].sum()`."
     )
-  return jnp.asarray(weight).astype(jnp.float32)
+  return jnp.asarray(weight).astype(float)
 
 
 def mean_over(
@@ -104,7 +104,7 @@ def mean_over(
   """The mean of a function's results over the micro-batches, by weight."""
 
   def add(total: Any, part: Batch) -> Any:
-    result = (jnp.float32(1), function(part))
+    result = (jnp.ones([], float), function(part))
     return add_weighted(total, weight_of(part, denominator), result)
 
   # Outside of `jit` too, zeros are to lie where the batch does.

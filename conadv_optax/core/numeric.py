@@ -36,11 +36,42 @@ def zeros_like(tree: Any) -> Any:
 def full(like: Any, value: float) -> jax.Array:
   """`value` in the shape and dtype of what is traced, spread as that is."""
   x = jax.lax.full(like.shape, value, like.dtype, sharding=like.sharding)
-  kind = like.manual_axis_type
-  if kind is None or not kind.varying:
-    return x
-  # Inside of a `shard_map` it differs from device to device.
-  return jax.lax.pcast(x, tuple(kind.varying), to='varying')
+  return _vary(x, _varying(like))
+
+
+def varying_like(tree: Any, like: Any) -> Any:
+  """A tree that may differ from device to device where a leaf of `like` does.
+
+  Inside of a `shard_map`; elsewhere the tree as it is.
+  """
+  kinds = map(jax.typeof, jax.tree.leaves(like))
+  axes = frozenset().union(*map(_varying, kinds))
+  return jax.tree.map(lambda x: _vary(x, axes - _varying(jax.typeof(x))), tree)
+
+
+def _varying(kind: Any) -> frozenset[str]:
+  """The axes of a `shard_map` along which what has this type differs."""
+  return getattr(kind.manual_axis_type, 'varying', frozenset())
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  return jax.lax.pcast(x, tuple(axes), to='varying') if axes else x
+
+
+def summed_like(loss: jax.Array, gradients: Any, params: Any) -> Any:
+  """Gradients on `varying_like` parameters, the same where loss and they are.
+
+  A device's loss has a gradient of its own. That of a loss that devices have in
+  common is the sum of their parts, as `jax.grad` has it.
+  """
+
+  def summed(g: jax.Array, param: Any) -> jax.Array:
+    kinds = map(jax.typeof, (g, loss, param))
+    of_gradient, *own = map(_varying, kinds)
+    axes = of_gradient.difference(*own)
+    return jax.lax.psum(g, tuple(axes)) if axes else g
+
+  return jax.tree.map(summed, gradients, params)
 
 
 def is_inexact(x: Any) -> bool:
@@ -91,9 +122,9 @@ def unit(tree: Any) -> Any:
 
 
 def ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-  """`part / whole`, 0 of nothing."""
-  is_some = whole > 0
-  return jnp.where(is_some, part / jnp.where(is_some, whole, 1.0), 0.0)
+  """`part / whole`, 0 of nothing; a NaN stays one."""
+  is_none = whole == 0
+  return jnp.where(is_none, 0.0, part / jnp.where(is_none, 1.0, whole))
 
 
 def inverse(x: jax.Array) -> jax.Array:

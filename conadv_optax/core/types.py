@@ -13,7 +13,7 @@ LossFn = Callable[..., Any]
 
 
 class Divisor(NamedTuple):
-  """What a loss is divided by in each group, float32 scalars.
+  """What a loss is divided by in each group, scalars of JAX's default float.
 
   Attributes:
     mean: over the groups.
@@ -115,6 +115,10 @@ class Passes(NamedTuple):
 class GradientFunction(NamedTuple):
   """A gradient with memory: two pure functions, as in `optax`.
 
+  Inside of a `shard_map` of your own each device has the gradient of its own
+  loss, to be averaged: `jax.lax.pmean(grads, axis)`. Of a loss that is the same
+  on all devices, by a `pmean` in it, all have the whole gradient already.
+
   Attributes:
     init: `init(params, first_batches, *, model_state=None, key=None)` returns
       the state; `first_batches` holds the first `staleness` batches.
@@ -124,8 +128,8 @@ class GradientFunction(NamedTuple):
     passes: the `Passes` that a step is made of, or None where they cannot be
       taken apart.
     denominators: `denominators(state, batch)` returns what the loss of each
-      branch will be divided by, by name: a NamedTuple of the mean over groups
-      and the most of any. None where losses are means over examples. Where it
+      branch will be divided by, by name: a NamedTuple of the mean over groups,
+      the most of any, and the weight of that loss. None where losses are means over examples. Where it
       is given, `value_and_grad` also takes `denominators=`, those of a mean
       over groups of which the call is one: the loss of a branch then counts by
       its own denominator over that, and what is returned is at least float32.

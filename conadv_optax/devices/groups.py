@@ -136,7 +136,7 @@ def over_groups(
     branch: Divisor(
       mean(divisor.mean),
       most(divisor.most),
-      mean(jnp.asarray(divisor.weight, jnp.float32)),
+      mean(jnp.asarray(divisor.weight, float)),
     )
     for branch, divisor in own.items()
   }

@@ -191,7 +191,7 @@ class _FastAdvProp:
     start_key, *keys = split_key(call.key, 4)
     divisors = call.denominators or self._divisors(attacked, rest)
     seen = {branch: divisor.mean for branch, divisor in divisors.items()}
-    w = jnp.asarray(self.attack_weight, jnp.float32)
+    w = jnp.asarray(self.attack_weight, float)
     weights = {
       'attack': seen['adversarial'] * w,
       'adversarial': seen['adversarial'] * (1 - w),
@@ -238,7 +238,7 @@ class _FastAdvProp:
     """What the losses are divided by, by default how many examples."""
 
     def divisor(part: Batch) -> Divisor:
-      size = jnp.float32(self.leaf.examples(part))
+      size = jnp.asarray(self.leaf.examples(part), float)
       if self.loss.denominator is not None:
         size = self.loss.divisor(part).mean
       # The loss is that of all examples, in whatever branch.

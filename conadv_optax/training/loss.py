@@ -62,7 +62,7 @@ class Loss:
   def divisor(self, batch: Batch, weight: ArrayLike = 1.0) -> Divisor:
     """What the loss of `batch` was divided by, and its weight in a step's."""
     value = weight_of(batch, self.denominator)
-    return Divisor(value, value, jnp.asarray(weight, jnp.float32))
+    return Divisor(value, value, jnp.asarray(weight, float))
 
   def check(self, call: Call, *, draws: bool = False) -> None:
     """What a call passes is what the loss takes."""

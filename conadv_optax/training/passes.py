@@ -19,7 +19,9 @@ from conadv_optax.core.numeric import (
   is_inexact,
   ratio,
   scale,
+  summed_like,
   tree_at_least_float32,
+  varying_like,
   weighted,
 )
 from conadv_optax.core.paths import Leaf
@@ -86,14 +88,16 @@ def train(
   """
   done = before or Trained({}, {}, {}, {})
   for name, one in passes.items():
-    params, total = call.params, done.gradients
+    total = done.gradients
+    # By itself JAX would sum the gradients of devices that each have a loss of
+    # their own, but not those behind a barrier.
+    params = varying_like(call.params, one.batch)
     if jax.tree.leaves((after, total)):
-      params, (after, total) = jax.lax.optimization_barrier(
-        (params, (after, total))
-      )
+      params, _ = jax.lax.optimization_barrier((params, (after, total)))
     (after, (state, aux)), gradients, of_inputs = _one_pass(
       loss, leaf, call._replace(params=params), name, one
     )
+    gradients = summed_like(after, gradients, call.params)
     done = Trained(
       {**done.losses, name: after},
       {**done.auxes, name: aux},

@@ -77,12 +77,15 @@ class Ring:
     waited = oldest(call.state)
     if self.staleness > 0:
       check_like(self.step.like(call.batch), waited.batch, 'A later batch')
-    turn = Turn()
-    if self.every > 1:
-      count = call.state.slot
-      turn = Turn(*map(self._has_turn, (count, count + self.staleness)))
-    (output, grads), entry = self.step.run(call, waited, turn)
+    (output, grads), entry = self.step.run(call, waited, self._turn(call.state))
     return output, grads, push(call.state, entry, self.every)
+
+  def _turn(self, state: ConAdvState) -> Turn:
+    """Whose turn it is in the next call."""
+    if self.every == 1:
+      return Turn()
+    numbers = state.slot, state.slot + self.staleness
+    return Turn(*map(self._has_turn, numbers))
 
   def _has_turn(self, number: jax.Array) -> jax.Array | None:
     """Whether the batch of this number is attacked; None is always."""
@@ -90,7 +93,7 @@ class Ring:
 
   def denominators(self, state: ConAdvState, batch: Batch) -> Denominators:
     """What the losses of a call will be divided by."""
-    return self.step.denominators(oldest(state), batch)
+    return self.step.denominators(oldest(state), batch, self._turn(state))
 
 
 def fill(waiting: Any) -> ConAdvState:

@@ -46,8 +46,11 @@ class ReusedStep(Step):
     crafted = check_crafted(crafted, clean)
     return output, Queue(self.leaf.set(part, crafted), None)
 
-  def denominators(self, oldest: Any, newest: Batch) -> Denominators:
+  def denominators(
+    self, oldest: Any, newest: Batch, turn: Turn
+  ) -> Denominators:
     """What the losses of a step are divided by."""
+    del turn
     return self.divisors(newest, oldest.batch)
 
 

@@ -77,11 +77,14 @@ class Step:
       divisor = self.loss.divisor(batch).mean
     return craft(self.attack, self.leaf, loss, batch, key, divisor=divisor)
 
-  def divisors(self, clean: Batch, attacked: Batch) -> Denominators:
+  def divisors(
+    self, clean: Batch, attacked: Batch, trains: jax.Array | None = None
+  ) -> Denominators:
     """What the losses of these examples are divided by."""
+    weights = self._weights(trains)
     examples = self._examples(clean, attacked)
     return {
-      name: self.loss.divisor(batch, self.weights[name])
+      name: self.loss.divisor(batch, weights[name])
       for name, batch in examples.items()
     }
 
@@ -103,17 +106,10 @@ class Step:
       attacked: the adversarial ones.
       inputs: the clean inputs, where the gradient in them is wanted too.
       after: what is to be computed first.
-      trains: whether the adversarial pass is run; None is always. Where it is
-        not, its weight is the main branch's.
+      trains: whether the adversarial pass is run; None is always.
     """
     _, keys = self.keys(call.key)
-    weights = dict(self.weights)
-    if trains is not None:
-      main, adversarial = (
-        jnp.asarray(weights[name], jnp.float32) for name in _PAIR
-      )
-      weights['main'] = jnp.where(trains, main, main + adversarial)
-      weights['adversarial'] = jnp.where(trains, adversarial, 0.0)
+    weights = self._weights(trains)
     of_pass = {'main': inputs}
     runs = {'adversarial': trains}
     passes = {
@@ -126,6 +122,15 @@ class Step:
     }
     trained = train(self.loss, call, passes, leaf=self.leaf, after=after)
     return collect(trained, call, self.loss.has_aux), trained.of_inputs
+
+  def _weights(self, trains: jax.Array | None) -> dict[str, ArrayLike]:
+    """Those of the passes; the main one has all where they train alone."""
+    weights = dict(self.weights)
+    if trains is not None:
+      main, adversarial = (jnp.asarray(weights[x], float) for x in _PAIR)
+      weights['main'] = jnp.where(trains, main, main + adversarial)
+      weights['adversarial'] = jnp.where(trains, adversarial, 0.0)
+    return weights
 
   def _examples(self, clean: Batch, attacked: Batch) -> dict[str, Batch]:
     views = {

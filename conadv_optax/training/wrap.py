@@ -148,8 +148,9 @@ def wrap(
     has_branch: whether `loss_fn` also takes `branch=`, what it is called for:
       'main', 'adversarial', the name of an extra branch, or 'attack' for the
       loss that the attack climbs (with `reuse_gradient` that is 'main', and
-      'attack' in `init` alone). The attack can then do without label smoothing,
-      use statistics in evaluation mode, or climb another loss than training.
+      'attack' in `init` alone). The attack can then do without label smoothing
+      or the scale of a float16 loss (it has one of its own), use statistics in
+      evaluation mode, or climb another loss than training.
       For 'attack' `loss_fn` may return the losses of the examples, (batch,),
       instead of their mean.
 
@@ -257,10 +258,12 @@ class ConAdvStep(Step):
     output = self._train(call, waiting, entry.adversarial, turn.trains)
     return output, entry
 
-  def denominators(self, oldest: Any, newest: Batch) -> Denominators:
+  def denominators(
+    self, oldest: Any, newest: Batch, turn: Turn
+  ) -> Denominators:
     """What the losses of a step are divided by."""
     clean = oldest.batch if oldest else newest
-    return self.divisors(clean, self.part(clean))
+    return self.divisors(clean, self.part(clean), turn.trains)
 
   def _train(
     self, call: Call, waiting: Queue, after: Any = None, trains: Any = None

@@ -87,6 +87,13 @@ def images_of(name: str, net: Net) -> int:
   return round(ROWS[name].share * net.batch_size)
 
 
+def _count(name: str, compiled: jax.stages.Compiled) -> Figures:
+  needs = measure.count(compiled)
+  if ROWS[name].loops:
+    del needs['flops']
+  return needs
+
+
 def run_here(net: Net) -> list[Figures]:
   """Measures every row for which there are enough devices."""
   devices = jax.devices()
@@ -105,7 +112,7 @@ def run_here(net: Net) -> list[Figures]:
         'row': name,
         **measure.spread('seconds', seconds[name]),
         **measure.spread('seconds_ratio', seconds[name] / seconds['plain']),
-        **measure.count(programs[name][0].compiled),
+        **_count(name, programs[name][0].compiled),
         'compile_seconds': float(np.median(compile_seconds)),
       }
     )
@@ -127,11 +134,18 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
   images = {name: images_of(name, own) for name, own in nets.items()}
   known = tables.read_csv(path) if path.exists() else []
   about = {'net': net.name, 'jax': jax.__version__}
-  done = {
-    x['row']: x
-    for x in known
-    if x['images'] == images.get(str(x['row'])) and about.items() <= x.items()
-  }
+  done = {x['row']: x for x in known}
+  for name, row in done.items():
+    if (
+      row['images'] != images.get(str(name)) or not about.items() <= row.items()
+    ):
+      raise command.Mistake(
+        'All rows of a table are of one net, batch and JAX, as they are '
+        f'compared. Given {path}, whose row {name!r} is of {row["net"]}, '
+        f'{row["images"]:g} images and JAX {row["jax"]}, not of {net.name}, '
+        f'{images.get(str(name))} and {jax.__version__}. Take another folder: '
+        '`--out=/another/folder`.'
+      )
   for name in chosen_rows():
     if name in done:
       continue
@@ -144,10 +158,10 @@ def estimate(net: Net, topology: str, path: Path) -> list[Figures]:
       'row': name,
       'images': images[name],
       # Negative where the compiler has none, as for v5e.
-      **({'seconds': seconds} if seconds > 0 else {}),
+      **({'seconds': seconds} if seconds > 0 and not ROWS[name].loops else {}),
       # A step is over when the last device is done.
       'megacycles': max(sum(x for _, x in role) for role in roles),
-      **measure.count(program.compiled),
+      **_count(name, program.compiled),
       'compile_seconds': program.compile_seconds,
       'schedule': schedule.to_text(roles),
     }
@@ -174,9 +188,9 @@ def complete(results: Sequence[Figures], net: Net, device: Any) -> None:
       row.setdefault(f'{column}_ratio', row[column] / plain[column])
     other = by_name.get(ROWS[name].beside)
     if other and other is not plain:
-      for column in columns:
+      for column in other.keys() & columns:
         row.setdefault(f'{column}_beside', row[column] / other[column])
-    if 'seconds' in row and device.device_kind in PEAK_FLOPS:
+    if {'seconds', 'flops'} <= row.keys() and device.device_kind in PEAK_FLOPS:
       peak = PEAK_FLOPS[device.device_kind]
       row['fraction_of_peak'] = row['flops'] / row['seconds'] / peak
 
@@ -220,7 +234,7 @@ def print_table(results: Sequence[Figures]) -> None:
         'compile': measure.between(row, 'compile_seconds_beside', digits=2),
       }
       for row in rows
-      if 'seconds_beside' in row
+      if 'compile_seconds_beside' in row
     ]
   )
 

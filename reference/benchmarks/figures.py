@@ -1,5 +1,6 @@
 """The figures of the benchmarks, each for light and for dark pages."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def draw_cost(stem: Path, results: Sequence[Figures]) -> None:
       label='time' if has_seconds else 'cycles',
     )
     time.plot(
-      [x['flops_ratio'] for x in rows],
+      [x.get('flops_ratio', math.nan) for x in rows],
       places,
       linestyle='',
       marker='D',

@@ -39,12 +39,15 @@ class Row(NamedTuple):
     beside: the line that it is compared with, apart from 'plain'.
     mesh: length of the two axes.
     share: its batch as a share of that of the others.
+    loops: whether it loops over parts of its batch. The compiler counts the
+      FLOPs of one turn, so they are left out.
   """
 
   make: Maker
   beside: str = 'plain'
   mesh: tuple[int, int] = (1, 1)
   share: float = 1.0
+  loops: bool = False
 
 
 def of(
@@ -232,7 +235,7 @@ ROWS = {
   'fast_advprop fraction 0.35': Row(
     of(functools.partial(fast_advprop, adversarial_fraction=0.35))
   ),
-  'accumulate': Row(of(plain_in_parts, branched=False)),
+  'accumulate': Row(of(plain_in_parts, branched=False), loops=True),
   'accumulate unrolled': Row(
     of(functools.partial(plain_in_parts, unroll=True), branched=False),
     'accumulate',

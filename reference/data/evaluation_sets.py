@@ -51,7 +51,10 @@ def _places(
   unknown = [name for name in names if name not in numbers]
   if not unknown:
     return [numbers[name] for name in names], []
-  if all(name.isdecimal() and int(name) < len(classes) for name in names):
+  # Not where it knows one: numbers that are names are no places.
+  if unknown == list(names) and all(
+    name.isdecimal() and int(name) < len(classes) for name in names
+  ):
     note = (
       f'The class folders of {folder} are numbers: 0 stands for the first '
       f'class of the model, {classes[0]}, and so on.'

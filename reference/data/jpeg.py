@@ -113,7 +113,8 @@ def _decode_jpeg(data: bytes, path: str) -> np.ndarray:
     reason = str(error)
   # OpenCV takes the same pixels from the same libjpeg and only prints the
   # warning; simplejpeg refuses one in the header even with `strict=False`. It
-  # gives no image where damage follows, such as a missing end.
+  # gives no image where the end is missing. Other damage behind such an oddity
+  # is not seen: libjpeg has words for its first warning alone.
   is_harmless = any(text in reason for text in _HARMLESS)
   image = _decode_with_opencv(data) if is_harmless else None
   if image is None:

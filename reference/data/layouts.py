@@ -308,6 +308,14 @@ def find(folder: str, label_file: Path | None = None) -> Layout:
   """
   root = _root(folder)
   top = _look(root)
+  lost = top.left_out.get('links that lead nowhere', [])
+  for path in lost:
+    if os.path.basename(path) in _HELD_OUT:
+      # Another of them would be held out in its place.
+      raise Mistake(
+        'The folder of held-out images must be there. Given a link that leads '
+        f'nowhere, {path}. Likely a disk is not mounted: `ls -l {path}`.'
+      )
   splits = [name for name in _HELD_OUT if name in top.folders]
   if not splits:
     raise Mistake(

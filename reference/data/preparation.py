@@ -94,10 +94,12 @@ def _plan(
   for split, images in zip(shards.SPLITS, readable, strict=True):
     total = len(images)
     if total == 0:
+      of_split = [unreadable[x.name] for x in getattr(listing, split)]
+      reason = of_split[-1] if of_split else 'there is no image of it'
       raise Mistake(
         f'Both splits must have a readable image. {split!r} has none; the last '
-        f'reason: {list(unreadable.values())[-1]}. Likely the files are no '
-        'images: `file /path/to/one.jpg`.'
+        f'reason: {reason}. Likely the files are no images: `file '
+        '/path/to/one.jpg`.'
       )
     counts[split] = [
       min(images_per_shard, total - start)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import conadv_optax as conadv
 from reference.command import Mistake
-from reference.data import augment, sources
+from reference.data import augment, jpeg, sources
 from reference.run import (
   checks,
   evaluation,
@@ -102,8 +102,15 @@ def load(config: ml_collections.ConfigDict) -> Data:
   images, shuffled too where they stand class by class.
 
   Raises:
-    Mistake: when there are fewer images than asked for.
+    Mistake: when there are fewer images than asked for, one cannot be read, or
+      the config is for others.
   """
+  checks.check_channels(config)
+  if config.data.eval_crop != 'resize':
+    raise Mistake(
+      'A study makes all of its images smaller alike. Given data.eval_crop='
+      f'{config.data.eval_crop!r}. Take `--config.data.eval_crop=resize`.'
+    )
   source = sources.open_source(config.data)
   order = np.random.default_rng(0).permutation(len(source.train))
   held, used = config.study.validation_images, config.study.train_images
@@ -119,7 +126,13 @@ def load(config: ml_collections.ConfigDict) -> Data:
     images = np.zeros((len(records), size, size, channels), np.uint8)
     labels = np.zeros(len(records), np.int32)
     for i, record in enumerate(records):
-      image, labels[i] = source.read(record)
+      try:
+        image, labels[i] = source.read(record)
+      except jpeg.BadImageError as error:
+        raise Mistake(
+          f'A study reads past no image. {error.path} cannot be read: '
+          f'{error.reason}. Likely the copy broke off: copy it again.'
+        ) from error
       images[i] = augment.resize(image, size)
     return Split(images, labels)
 
@@ -165,6 +178,7 @@ def order_of(seed: int, images: int, batch_size: int) -> Iterator[np.ndarray]:
 def _check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Refuses what the main job refuses, and images that it makes on the host."""
   checks.check_choices(config)
+  checks.check_numbers(config)
   checks.check_batch(config.batch_size, mesh.size, accumulate=config.accumulate)
   checks.check_on(config, mesh)
   method = methods.METHODS[config.method]

@@ -112,6 +112,24 @@ def identify(config: ml_collections.ConfigDict, cell: Cell) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _check_grid(config: ml_collections.ConfigDict) -> None:
+  """Refuses a grid that cannot be gone through."""
+  study = config.study
+  if len(study.batch_sizes) != len(study.peaks):
+    raise Mistake(
+      '`study.peaks` has the peaks of each batch size. Given '
+      f'{len(study.peaks)} for study.batch_sizes={tuple(study.batch_sizes)}. '
+      'Likely the batches alone were narrowed: '
+      f'`--config.study.peaks="({tuple(study.peaks[-1])},)"`.'
+    )
+  for name in ('seeds', 'at_once', 'evaluate_every', 'train_images'):
+    if study[name] < 1:
+      raise Mistake(
+        f'`study.{name}` is a number of things, 1 or more. Given '
+        f'{study[name]}. Likely mistyped: `--config.study.{name}=1`.'
+      )
+
+
 def trials(config: ml_collections.ConfigDict) -> list[Cell]:
   """Every peak of every variant at every batch size, once.
 
@@ -175,7 +193,7 @@ def finals(
 ) -> list[Cell]:
   """Every variant as its best trial, seed by seed.
 
-  An ablation runs at the largest batch, with the peak of what it is one of.
+  An ablation runs at the largest batch, tuned as what it is one of.
 
   Args:
     config: of the study.
@@ -185,7 +203,7 @@ def finals(
   chosen = best(config, accuracies)
   largest = max(study.batch_sizes)
   chosen += [
-    cell._replace(variant=ablation, setting='')
+    _ablation(config, ablation, cell)
     for ablation, parent in study.ablations.items()
     for cell in chosen
     if cell[:2] == (parent, largest)
@@ -195,6 +213,16 @@ def finals(
     for seed in range(study.seeds)
     for cell in chosen
   ]
+
+
+def _ablation(
+  config: ml_collections.ConfigDict, name: str, parent: Cell
+) -> Cell:
+  """Its parent's cell, setting and all but for what it changes itself."""
+  changed = ml_collections.ConfigDict(config.study.overrides[name])
+  field, _, _ = parent.setting.partition('=')
+  setting = '' if field in checkpoint.fields(changed) else parent.setting
+  return parent._replace(variant=name, setting=setting)
 
 
 def attack_columns(config: ml_collections.ConfigDict) -> record.Row:
@@ -308,6 +336,7 @@ def run(
   Raises:
     Mistake: for a config that cannot run, or a CSV of other columns.
   """
+  _check_grid(config)
   workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / 'study.csv'
   rows = record.read_rows(path)

@@ -24,6 +24,11 @@ def _colors(names: Sequence[str]) -> dict[str, Any]:
   return {name: palette(i % palette.N) for i, name in enumerate(names)}
 
 
+def _marker(place: int) -> str:
+  """Another one where the palette begins anew."""
+  return 'os^'[place // 20]
+
+
 def _show_near(axes: Any, best: float, points: float) -> None:
   """Leaves out what is far below the best, and would hide the differences."""
   low, _ = axes.get_ylim()
@@ -68,11 +73,12 @@ def time(figure: Any, groups: results.Groups) -> None:
     sizes,
     strict=True,
   ):
-    for name in names:
+    for place, name in enumerate(names):
       rows = [
         x for x in groups.get((name, size), []) if 'accuracy_by_epoch' in x
       ]
-      if not rows:
+      # Steps of two kinds have no one time.
+      if not rows or rows[0].get('plain_epochs'):
         continue
       seconds = statistics.median(results.values(rows, 'seconds_a_step'))
       curves = [
@@ -91,7 +97,8 @@ def time(figure: Any, groups: results.Groups) -> None:
         ],
         color=colors[name],
         label=name,
-        marker='.',
+        marker=_marker(place),
+        markersize=4,
       )
     axes.set_title(f'batch {size:,}', fontsize=10)
     axes.set_xlabel('seconds of training')
@@ -129,8 +136,7 @@ def price(
         spread / len(rows) ** 0.5,
         color=colors[name],
         label=name,
-        # The palette begins anew after so many.
-        marker='os^'[place // 20],
+        marker=_marker(place),
         capsize=2,
       )
     axes.set_xlabel(f'{measure} / plain')

@@ -192,7 +192,11 @@ def ablation(groups: Groups, parent: str, *fields: str) -> list[list[Row]]:
   like = groups.get((parent, largest))
   if like is None:
     return []
-  same = ['peak', *(x for x in _WHAT_AN_ABLATION_CHANGES if x not in fields)]
+  same = [
+    'peak',
+    'setting',
+    *(x for x in _WHAT_AN_ABLATION_CHANGES if x not in fields),
+  ]
   return sorted(
     (
       rows

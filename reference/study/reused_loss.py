@@ -97,6 +97,12 @@ def run(
     device: on which all is done.
     epochs: whose batches are looked at, counted from 1.
   """
+  if max(epochs) > config.epochs:
+    raise command.Mistake(
+      '`epochs` are those of the run whose batches are looked at. Given '
+      f'{list(epochs)} of {config.epochs:g}. Likely the run was made shorter '
+      f'alone: `--epochs={config.epochs:.0f}`.'
+    )
   program = study_cell.make_program(config, data, device)
   craft, losses = make_losses(config, data.num_classes)
   numbers = study_cell.numbers_of(config)

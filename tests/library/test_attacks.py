@@ -265,7 +265,7 @@ def test_random_start_is_uniform_in_the_ball(norm):
   np.testing.assert_allclose(share, 0.25, atol=0.02)
 
 
-@pytest.mark.parametrize('probability', [0.0, 0.2, 1.0])
+@pytest.mark.parametrize('probability', [0.0, 0.2, 1.0, 1])
 def test_start_from_clean_is_one_coin_a_batch(probability):
   x = jnp.zeros((8, 2))
   attack = conadv.pgd(1.0, step_size=0.0, start_from_clean=probability)

@@ -500,7 +500,7 @@ def test_padding_alone_has_no_second_moment(inner):
   np.testing.assert_array_equal(updates, np.zeros_like(START))
 
 
-def unequal(kind):
+def unequal(kind, **arguments):
   """Losses whose branches have other shares, and what a group's share is."""
 
   def mean(w, batch):
@@ -514,8 +514,8 @@ def unequal(kind):
   }
   if kind == 'fast_advprop':
     return conadv.fast_advprop(mean, **options)
-  weights = {'main': 1.0, 'adversarial': 0.0}
-  return conadv.wrap(mean, 0, weights=weights, **options)
+  arguments = {'weights': {'main': 1.0, 'adversarial': 0.0}, **arguments}
+  return conadv.wrap(mean, 0, **options, **arguments)
 
 
 @pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
@@ -537,6 +537,33 @@ def test_groups_that_agree_do_so_whatever_their_branches_share(kind, groups):
   (_, aux), grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
   # The gradient of each example is 1.
   np.testing.assert_allclose((grads, aux.second_moment), 1.0, rtol=1e-6)
+
+
+def test_groups_agree_in_a_step_whose_attack_has_no_turn():
+  """The main branch then has the weight of both, in a group's share too."""
+  fn = unequal('wrap', weights={'main': 1.0, 'adversarial': 1.0}, every=2)
+  grad_fn = conadv.accumulate(fn, 2, second_moment=True)
+  # Four examples in one group, in the other one, which is the attacked one.
+  mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32).reshape(2, 4).T.ravel()
+  batch = {'x': np.zeros(8, np.float32), 'mask': mask}
+  w = jnp.float32(3.0)
+  state = grad_fn.init(w, [])
+  for _ in range(2):
+    (_, aux), grads, state = grad_fn.value_and_grad(w, state, batch)
+    np.testing.assert_allclose(
+      (grads, aux.second_moment), (2.0, 4.0), rtol=1e-6
+    )
+
+
+def test_a_denominator_that_is_no_number_shows():
+  grad_fn = conadv.plain(loss_fn, denominator=denominator)
+  mask = np.ones((BATCH, TOKENS), np.float32)
+  mask[0, 0] = np.nan
+  (loss, _), grads, _ = grad_fn.value_and_grad(
+    START, grad_fn.init(START, []), {**BATCHES[0], 'mask': mask}
+  )
+  assert np.isnan(loss)
+  assert np.isnan(grads).all()
 
 
 @pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
@@ -561,6 +588,39 @@ def test_a_group_by_itself_with_64_bits_enabled(kind):
     w = jnp.float64(3.0)
     _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
     assert (float(grads), grads.dtype) == (1.0, jnp.float64)
+
+
+@pytest.mark.parametrize(
+  'made',
+  [
+    lambda mean, **options: conadv.wrap(
+      mean, 0, every=2, weights={'main': 0.1, 'adversarial': 0.9}, **options
+    ),
+    lambda mean, **options: conadv.fast_advprop(
+      mean, attack_weight=0.3, **options
+    ),
+  ],
+)
+def test_shares_and_weights_keep_64_bits(made):
+  """Shares of 3 and 7 of 10, which float32 rounds in the eighth digit."""
+
+  def mean(w, batch):
+    return jnp.sum(w * batch['mask']) / jnp.sum(batch['mask'])
+
+  with jax.enable_x64(True):
+    fn = made(
+      mean,
+      attack=conadv.fgsm(0.0),
+      inputs='x',
+      denominator=lambda batch: jnp.sum(batch['mask']),
+    )
+    grad_fn = conadv.data_parallel(fn, make_mesh(2))
+    mask = np.array([1] * 3 + [0] * 4 + [1] * 7, np.float64)
+    w = jnp.float64(3.0)
+    _, grads, _ = grad_fn.value_and_grad(
+      w, grad_fn.init(w, []), {'x': np.zeros(14), 'mask': mask}
+    )
+  np.testing.assert_allclose(grads, 1.0, rtol=1e-14)
 
 
 def test_statistics_of_padding_alone_stay_as_they_are():

@@ -21,6 +21,7 @@ from model_checks import (
   make_images,
   moments,
 )
+from scipy import stats
 
 import conadv_optax as conadv
 from conadv_optax.flax import (
@@ -307,6 +308,20 @@ def test_a_prediction_is_the_limit_of_draws():
   constant = Statistics(jnp.array([2.0, -3.0]), jnp.zeros(2))
   found = predicted(constant, jnp.array([[1.0], [5.0]]))
   np.testing.assert_allclose(found, [[2.0], [0.0]], atol=1e-6)
+
+
+def test_a_variance_far_from_zero_is_not_lost():
+  """By the textbook's formula in float64."""
+  mean = np.array([1000.0, 5.0, 30.0, 1.0, 0.0, -1.0, -5.0, -1000.0])
+  var = np.array([1e-2, 1e-4, 1.0, 4.0, 1.0, 0.1, 9.0, 1e-2])
+  std = np.sqrt(var)
+  above, density = stats.norm.cdf(mean / std), stats.norm.pdf(mean / std)
+  first = mean * above + std * density
+  second = (mean**2 + var) * above + mean * std * density
+  previous = Statistics(*np.float32([mean, var]))
+  found = predict(previous, jnp.eye(len(mean)))
+  np.testing.assert_allclose(found.mean, first, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found.var, second - first**2, rtol=1e-4, atol=1e-7)
 
 
 def test_gradients_go_to_the_layer_before_and_its_kernel():

@@ -265,6 +265,76 @@ def test_loops_and_turns_in_a_shard_map_of_the_users_own(made):
   )
 
 
+def linear(w, batch):
+  return jnp.mean(batch['image'] @ w)
+
+
+def linear_of_all(w, batch):
+  return jax.lax.pmean(linear(w, batch), 'data')
+
+
+MAKERS = {
+  'plain': conadv.plain,
+  'wrap': functools.partial(conadv.wrap, attack=conadv.fgsm(0.0)),
+  'every': functools.partial(conadv.wrap, attack=conadv.fgsm(0.0), every=2),
+  'reuse': functools.partial(
+    conadv.wrap, attack=conadv.fgsm(0.0), reuse_gradient=True
+  ),
+  'fast_advprop': functools.partial(
+    conadv.fast_advprop, attack=conadv.fgsm(0.0)
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', list(MAKERS))
+def test_gradients_in_a_shard_map_of_the_users_own(kind):
+  """A device's loss has its own gradient, and a loss of all that of all."""
+  batch = {'image': jnp.asarray(make_batches(1)[0]['image'])}
+  of_halves = np.mean(np.split(batch['image'], 2), axis=1)
+
+  def found(loss, out_specs):
+    made = MAKERS[kind](loss)
+
+    def gradient(w, batch):
+      state = made.init(w, [batch] * made.staleness)
+      grads = made.value_and_grad(w, state, batch)[1]
+      return grads[None] if out_specs else grads
+
+    each = jax.shard_map(
+      gradient,
+      mesh=make_mesh(2),
+      in_specs=(P(), P('data')),
+      out_specs=out_specs,
+    )
+    return jax.jit(each)(jnp.ones(4), batch)
+
+  close = {'rtol': 1e-5, 'atol': 1e-6}
+  np.testing.assert_allclose(found(linear, P('data')), of_halves, **close)
+  np.testing.assert_allclose(
+    found(linear_of_all, P()), np.mean(of_halves, axis=0), **close
+  )
+
+
+def test_an_added_leaf_in_a_shard_map_is_of_the_own_examples():
+  embedded = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+  noise = conadv.added_leaf('noise', lambda batch: embedded[batch['token']])
+
+  def loss(w, batch):
+    return jnp.mean((w[batch['token']] + batch.get('noise', 0.0)) ** 2)
+
+  def crafted(w, batch):
+    attack = conadv.fgsm(0.5)
+    return conadv.perturb(loss, w, batch, attack=attack, inputs=noise)['noise']
+
+  each = jax.shard_map(
+    crafted, mesh=make_mesh(2), in_specs=(P(), P('data')), out_specs=P('data')
+  )
+  # Away from zero on either device; their sum would not move.
+  np.testing.assert_array_equal(
+    jax.jit(each)(embedded, {'token': jnp.array([0, 1])}), 0.5 * embedded
+  )
+
+
 TRACED = {
   'sam on devices': lambda fn, **kw: devices(conadv.sam(fn, **kw)),
   'sam around roles': lambda fn, **kw: conadv.sam(roles(fn), **kw),

@@ -317,6 +317,11 @@ def test_bounds_of_each_leaf_and_channel():
     'b': jnp.full((2, 1), -2.0),
   }
   chex.assert_trees_all_close(found, wanted)
+  # One leaf may be fixed.
+  fixed = conadv.fgsm(1.0, bounds=({'a': 0.0, 'b': 2.0}, {'a': 5.0, 'b': 2.0}))
+  x = {'a': jnp.ones((2, 1)), 'b': jnp.full((2, 1), 2.0)}
+  moved = fixed.craft(None, lambda x: x, x)
+  chex.assert_trees_all_equal(moved, {'a': x['a'] + 1, 'b': x['b']})
   # For one leaf a list is an array.
   one = conadv.pgd(0.1, bounds=([0.0, 0.0, 0.9], np.array([1.0, 0.5, 1.0])))
   x = one.craft(jax.random.key(0), jnp.ones_like, jnp.full((2, 3), 0.95))

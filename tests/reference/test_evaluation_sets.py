@@ -90,6 +90,13 @@ def test_numbers_that_the_model_knows_are_names(tmp_path):
   assert not images.notes
 
 
+def test_numbers_of_which_the_model_knows_some_are_no_places(tmp_path):
+  """Folders from 0 on, of a model that was trained on those from 1 on."""
+  folder = write(tmp_path / 'from_0', {'0': 1, '1': 1, '2': 1})
+  with pytest.raises(Mistake, match='does not know 0, but'):
+    evaluation_sets.open_set(folder, ('1', '2', '3'), NO_CONFIG)
+
+
 def test_images_of_the_run_itself():
   config = ml_collections.ConfigDict({'source': 'digits', 'mean': (0.5,)})
   images = evaluation_sets.open_set('', tuple('0123456789'), config)

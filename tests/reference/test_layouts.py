@@ -149,6 +149,13 @@ def test_a_class_that_leads_nowhere_is_refused(tmp_path):
   assert re.search(r'lead nowhere: .*train/cat\.', refused(tmp_path))
 
 
+def test_held_out_images_that_lead_nowhere_are_not_replaced(tmp_path):
+  make(tmp_path, *PLAIN, 'test/ant/0.jpg')
+  (tmp_path / 'val').rename(tmp_path / 'moved')
+  (tmp_path / 'val').symlink_to(tmp_path / 'disk' / 'val')
+  assert re.search(r'leads nowhere, .*/val\.', refused(tmp_path))
+
+
 def test_held_out_classes_may_be_a_part(tmp_path):
   make(tmp_path, *PLAIN, 'train/cow/0.jpg', 'test/bee/0.jpg', 'test/cow/1.jpg')
   for name in ('ant', 'bee'):

@@ -24,6 +24,11 @@ def find(config, device, epochs):
   return {(row['epoch'], row['attack']): row for row in rows}
 
 
+def test_epochs_after_the_end_are_refused_before_the_run():
+  with pytest.raises(ValueError, match=r'\[1, 3\] of 2\..*`--epochs=2`'):
+    list(reused_loss.run(make_config(), None, None, [1, 3]))
+
+
 @pytest.mark.slow
 def test_after_the_step_it_is_what_the_next_step_reports(one_device):
   config = make_config(method='conadv_reuse', batch_size=40)
@@ -52,7 +57,8 @@ def test_after_the_step_it_is_what_the_next_step_reports(one_device):
 @pytest.mark.slow
 def test_without_a_learning_rate_no_step_changes_a_loss(one_device):
   config = make_config(method='conadv_reuse', batch_size=40)
-  config.lars.peak = config.lars.end = 0.0
+  # The smallest that a run may have: no parameter moves by it.
+  config.lars.peak, config.lars.end = 1e-30, 0.0
   found = find(config, one_device, [2])
   assert set(found) == {(2, reused_loss.REUSED), (2, reused_loss.PASS)}
   for row in found.values():

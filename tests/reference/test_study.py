@@ -232,6 +232,37 @@ def test_what_fails_in_a_cell_ends_the_study(tmp_path, monkeypatch, one_device):
   assert read(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    ({'study.batch_sizes': (20, 40)}, r'`--config.study.peaks="\(\(2.0, 8.0'),
+    ({'study.at_once': 0}, '`study.at_once` is a number of things'),
+    ({'study.evaluate_every': 0}, '--config.study.evaluate_every=1'),
+  ],
+)
+def test_a_grid_that_cannot_be_gone_through(tmp_path, fields, expected):
+  with pytest.raises(ValueError, match=expected):
+    grid.run(make_config(**fields), tmp_path, command=COMMAND)
+
+
+def test_an_ablation_keeps_the_number_that_was_chosen():
+  config = make_config(**{'study.variants': ('conadv',)})
+  config.study.ablations = {'tau_16': 'conadv', 'wide': 'conadv'}
+  config.study.overrides = {
+    'conadv': {'method': 'conadv'},
+    'tau_16': {'method': 'conadv', 'staleness': 16},
+    'wide': {'method': 'conadv', 'attack': {'epsilon': 16.0}},
+  }
+  tried = grid.trials(config)
+  best = tried[0]._replace(setting='attack.epsilon=8.0')
+  cells = grid.finals(config, {**dict.fromkeys(tried, 0.5), best: 0.9})
+  assert {x.variant: x.setting for x in cells} == {
+    'conadv': 'attack.epsilon=8.0',
+    'tau_16': 'attack.epsilon=8.0',
+    'wide': '',
+  }
+
+
 def test_another_studys_columns_are_refused(tmp_path):
   (tmp_path / 'study.csv').write_text('cell,colour\na,red\n')
   with pytest.raises(ValueError) as error:

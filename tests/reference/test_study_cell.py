@@ -11,7 +11,7 @@ import pytest
 from digit_steps import first_state
 from small_study import make_config, use_one_device
 
-from reference.data import sources
+from reference.data import jpeg, sources
 from reference.run import methods, parts
 from reference.study import cell as study_cell
 
@@ -199,6 +199,27 @@ def test_too_many_images_are_refused():
   assert '--config.study.train_images=1357' in str(error.value)
 
 
+def test_images_of_other_channels_or_crops_are_refused():
+  for fields, expected in (
+    ({'data.mean': (0.5,) * 3, 'data.std': (0.25,) * 3}, '`data.mean`'),
+    ({'data.eval_crop': 'center'}, '--config.data.eval_crop=resize'),
+  ):
+    with pytest.raises(ValueError, match=expected):
+      study_cell.load(make_config(**fields))
+
+
+def test_an_image_that_cannot_be_read_is_named(monkeypatch):
+  def read(number):
+    raise jpeg.BadImageError(f'{number}.jpg', 'it is empty')
+
+  source = numbered_source()._replace(read=read)
+  monkeypatch.setattr(sources, 'open_source', lambda _: source)
+  with pytest.raises(ValueError, match='jpg cannot be read: it is empty') as e:
+    study_cell.load(make_config())
+  # Which a study does not do.
+  assert 'skip' not in str(e.value)
+
+
 def test_every_epoch_is_a_shuffle_of_all_images():
   order = study_cell.order_of(0, 30, 7)
   images = np.concatenate([next(order) for _ in range(30)]).reshape(7, 30)
@@ -269,6 +290,8 @@ def test_a_run_that_diverges_has_a_row(one_device):
       '--config.data.crop=resize',
     ),
     ({'method': 'conadv', 'methods.conadv.targets': 'all'}, 'random'),
+    ({'attack.start_from_clean': 20.0}, '--config.attack.start_from_clean=0.2'),
+    ({'lars.peak': -8.0}, '`lars.peak`'),
   ],
 )
 def test_what_cannot_run_is_refused(one_device, fields, expected):
