@@ -129,10 +129,11 @@ class GradientFunction(NamedTuple):
       taken apart.
     denominators: `denominators(state, batch)` returns what the loss of each
       branch will be divided by, by name: a NamedTuple of the mean over groups,
-      the most of any, and the weight of that loss. None where losses are means over examples. Where it
-      is given, `value_and_grad` also takes `denominators=`, those of a mean
-      over groups of which the call is one: the loss of a branch then counts by
-      its own denominator over that, and what is returned is at least float32.
+      the most of any, and the weight of that loss. None where losses are means
+      over examples. Where it is given, `value_and_grad` also takes
+      `denominators=`, those of a mean over groups of which the call is one: the
+      loss of a branch then counts by its own denominator over that, and what is
+      returned is at least float32.
   """
 
   init: Callable[..., ConAdvState]

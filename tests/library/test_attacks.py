@@ -285,6 +285,23 @@ def test_fast_fgsm_steps_beyond_the_radius():
   np.testing.assert_allclose(np.mean(result > 0.3999), 5 / 8, atol=0.05)
 
 
+def test_fast_fgsm_takes_the_step_bounds_and_targets_that_it_is_given():
+  def targets(key, batch):
+    return {**batch, 'label': 1 - batch['label']}
+
+  attack = conadv.fast_fgsm(
+    0.4, step_size=0.3, bounds=(-0.2, 1.0), targets=targets
+  )
+  x = jnp.zeros(1000)
+  found = np.asarray(attack.craft(KEY, jnp.ones_like, x))
+  # Down, towards the target, by 0.3: from U(-0.4, 0.4) and the bound of -0.2.
+  assert found.min() == np.float32(-0.2)
+  np.testing.assert_allclose(found.max(), 0.1, atol=0.01)
+  np.testing.assert_allclose(np.mean(found == found.min()), 5 / 8, atol=0.05)
+  prepared = attack.prepare(KEY, {'label': np.array([0, 1])})
+  np.testing.assert_array_equal(prepared['label'], [1, 0])
+
+
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
 def test_normalized_is_the_same_attack_in_other_units(norm):
   rng = np.random.default_rng(0)

@@ -294,7 +294,8 @@ def test_attackers_alone_attack_and_trainers_alone_train():
   ],
 )
 def test_runs_on_any_mesh_with_and_without_jit(shape, axis_type, jit):
-  mesh = make_mesh(*shape, kind=axis_type)
+  axes = {'data_axis': 'rows', 'role_axis': 'place'}
+  mesh = make_mesh(*shape, names=tuple(axes.values()), kind=axis_type)
   grad_fn = conadv.concurrent(
     conadv.wrap(
       lambda w, batch: jnp.mean((w * batch['x']) ** 2),
@@ -302,6 +303,7 @@ def test_runs_on_any_mesh_with_and_without_jit(shape, axis_type, jit):
       inputs='x',
     ),
     mesh,
+    **axes,
   )
   w = jax.device_put(jnp.float32(2.0), NamedSharding(mesh, P()))
   batch = {'x': jnp.arange(4.0)}

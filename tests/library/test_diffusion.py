@@ -101,6 +101,15 @@ def test_adapt_then_combine(name):
   np.testing.assert_allclose(params, by_hand(weights), rtol=1e-4, atol=1e-5)
 
 
+def test_agents_lie_along_the_axis_that_is_named():
+  mesh = make_mesh(2, AGENTS // 2, names=('other', 'agent'))
+  agents = conadv.diffusion(
+    loss_fn, mesh, np.roll(np.eye(AGENTS // 2), 1, 1), axis='agent'
+  )
+  found = agents.combine(agents.spread(jnp.float32(0)) + jnp.arange(4.0))
+  np.testing.assert_array_equal(found, [3, 0, 1, 2])
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_everyone_with_equal_weights_is_data_parallel(kind):
   mesh = make_mesh(AGENTS, kind=kind)

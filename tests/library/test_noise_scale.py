@@ -10,6 +10,7 @@ import pytest
 from helpers import init_model, loss_fn, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 import conadv_optax as conadv
@@ -142,7 +143,24 @@ def test_it_follows_conadv_with_its_branches():
   scale, _ = tracker.update(
     grads, tracker.init(), second_moment=aux.second_moment
   )
-  assert scale > 0
+  # Each micro-batch by itself, and the formulas on all leaves of both branches.
+  alone = conadv.wrap(loss_fn, 0, attack=conadv.fgsm(0.1), has_state=True)
+  of_groups = np.stack(
+    [
+      ravel_pytree(
+        alone.value_and_grad(
+          params,
+          state,
+          jax.tree.map(lambda x, k=k: x[k::4], make_batch(1)),
+          model_state=model_state,
+        )[1]
+      )[0]
+      for k in range(4)
+    ]
+  )
+  noise = 4 * np.sum(np.var(of_groups, axis=0, ddof=1))
+  signal = np.sum(of_groups.mean(axis=0) ** 2) - noise / 16
+  np.testing.assert_allclose(scale, noise / signal, rtol=1e-3)
 
 
 def test_bfloat16_gradients_give_float32_numbers():

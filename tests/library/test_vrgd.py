@@ -154,11 +154,15 @@ def test_the_ratio_is_computed_in_float32():
   groups = np.random.default_rng(0).normal(size=(8, 400)) + 1
   groups = jnp.asarray(groups, jnp.bfloat16)
   short, _ = apply(groups, jnp.bfloat16)
-  exact, _ = apply(groups, jnp.float32)
   assert short.dtype == jnp.bfloat16
-  # The mean gradient is rounded, to 8 bits, before it is squared.
+  # The mean gradient is rounded, to 8 bits, before it is squared, and so is
+  # what comes out. Nothing else is.
+  wide = np.asarray(groups, np.float64)
+  mean = np.asarray(jnp.asarray(wide.mean(0), jnp.bfloat16), np.float64)
+  ratio = mean**2 / ((wide**2).mean(0) - mean**2)
+  expected = mean * np.clip(ratio / ratio.mean(), 0.1, 1)
   np.testing.assert_allclose(
-    short.astype(jnp.float32), exact, rtol=0.1, atol=0.01
+    np.asarray(short, np.float64), expected, rtol=2**-8 + 1e-4
   )
 
 

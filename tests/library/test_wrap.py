@@ -192,26 +192,40 @@ def test_fraction_is_the_mean_over_the_first_part(fraction, size, count, reuse):
   chex.assert_trees_all_close(made[0], naive['image'][:count], rtol=1e-6)
 
 
-def test_passes_run_one_at_a_time():
-  """A barrier before each pass: the compiler may not interleave them."""
+@pytest.mark.parametrize('kind', ['wrap', 'fast_advprop'])
+def test_passes_run_one_at_a_time(kind):
+  """A barrier before each pass: the compiler may not interleave them.
+
+  One pass waits for the copy, the others for the loss, where there is one to
+  wait for, and for all gradients of the pass before.
+  """
   batch = make_batch(0)
   batch['view'] = batch['image']
   params, model_state = init_model()
-  grad_fn = conadv.wrap(
-    loss_fn,
-    1,
-    attack=conadv.fgsm(EPSILON),
-    extra_branches={'augmented': 'view'},
-    has_state=True,
-  )
-  state = grad_fn.init(params, [batch], model_state=model_state)
+  options = {'attack': conadv.fgsm(EPSILON), 'has_state': True}
+  grad_fn = {
+    'wrap': lambda: conadv.wrap(
+      loss_fn, 1, extra_branches={'augmented': 'view'}, **options
+    ),
+    'fast_advprop': lambda: conadv.fast_advprop(loss_fn, **options),
+  }[kind]()
+  first = [batch] * grad_fn.staleness
+  state = grad_fn.init(params, first, model_state=model_state)
   jaxpr = jax.make_jaxpr(grad_fn.value_and_grad)(
     params, state, batch, model_state=model_state
   )
   barriers = [
     eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'optimization_barrier'
   ]
-  assert len(barriers) == 3
+  count = len(jax.tree.leaves(params))
+  waited_for = [len(eqn.invars) - count for eqn in barriers]
+  assert (
+    waited_for
+    == {
+      'wrap': [1, 1 + count, 1 + count],
+      'fast_advprop': [count, count],
+    }[kind]
+  )
 
 
 @pytest.mark.slow

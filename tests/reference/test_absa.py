@@ -25,6 +25,27 @@ import conadv_optax as conadv
 from reference.run import absa, methods, parts
 
 
+def test_the_schedule_stands_outside_of_the_optimizer_once():
+  """The step hands on the rate; LARS itself has that of 1."""
+  config = tiny('absa', **{'lars.weight_decay': 0.0, 'lars.momentum': 0.0})
+  tx, _, _ = parts.make_optimizer(config, images=1437)
+  params, grads = (
+    {'kernel': jnp.ones((2, 2))},
+    {'kernel': jnp.full((2, 2), 4.0)},
+  )
+  updates, _ = tx.update(
+    grads,
+    tx.init(params),
+    params,
+    micro_batches=jnp.int32(1),
+    learning_rate_scale=jnp.float32(0.5),
+  )
+  # Of the norm of the parameters, 2, a thousandth, at half the rate.
+  np.testing.assert_allclose(
+    jnp.linalg.norm(updates['kernel']), 0.5 * 0.001 * 2, rtol=1e-5
+  )
+
+
 @pytest.mark.slow
 def test_absa_attacks_a_fifth_and_steps_after_its_micro_batches():
   config = tiny('absa', **{'methods.absa.epsilon': 0.05})

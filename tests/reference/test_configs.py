@@ -179,23 +179,6 @@ def test_the_model_is_resnet_50_in_bfloat16():
   assert outputs['BottleneckBlock_15'].shape == (2, 7, 7, 2048)
 
 
-def test_the_last_scale_of_every_block_starts_at_0():
-  config = make(
-    'imagenet_96k', **{'model.filters': 1, 'model.stage_sizes': (2, 1)}
-  )
-  model = parts.make_model(config, num_classes=2)
-  with jax.numpy_dtype_promotion('standard'):
-    params = jax.jit(
-      lambda: model.init(
-        jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False
-      )
-    )()['params']
-  for number in range(3):
-    block = params[f'BottleneckBlock_{number}']
-    scales = [block[f'BatchNorm_{i}']['scale'] for i in range(3)]
-    assert [np.unique(x).tolist() for x in scales] == [[1.0], [1.0], [0.0]]
-
-
 @configs
 def test_the_attack_is_that_of_the_largest_run(name):
   config = make(name)

@@ -125,6 +125,33 @@ def test_an_image_is_augmented_anew_each_epoch():
   assert len({image.tobytes() for image in images}) > 3
 
 
+@pytest.mark.parametrize('flip', [False, True])
+def test_images_are_mirrored_where_the_config_says(flip):
+  source, images = make_source()
+  batches, _ = take(source, make_config(crop='resize', flip=flip), 10)
+  is_mirrored = set()
+  for batch in batches:
+    for image, label in zip(batch['image'], batch['label'], strict=True):
+      is_mirrored.add(not np.array_equal(image, images[label]))
+      if not np.array_equal(image, images[label]):
+        np.testing.assert_array_equal(image, images[label][:, ::-1])
+  assert is_mirrored == ({False, True} if flip else {False})
+
+
+def test_held_out_images_are_cropped_as_the_config_says():
+  # Of 8 pixels a side the centre has 7.
+  source, images = make_source()
+  for crop, expected in (
+    ('center', images[:, :7, :7]),
+    ('resize', images),
+  ):
+    size = expected.shape[1]
+    [batch, *_] = input_pipeline.held_out_batches(
+      source, make_config(size=size, eval_crop=crop), batch_size=4, skipped={}
+    )
+    np.testing.assert_array_equal(batch['image'], expected[:4])
+
+
 def test_skipped_images_are_named_and_counted():
   source, _ = make_source(bad=(2, 7))
   skipped = {}

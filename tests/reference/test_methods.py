@@ -143,21 +143,6 @@ def test_a_method_learns_its_batch_and_counts_what_is_right(method):
   assert_counts(state, take, place, batch)
 
 
-def test_conadv_can_be_with_another_method():
-  found = {
-    name.removeprefix('conadv_'): method
-    for name, method in methods.METHODS.items()
-    if name.startswith('conadv_') and method.gradient == 'conadv'
-  }
-  assert len(found) == 5
-  for name, method in found.items():
-    alone = methods.METHODS[name]
-    assert method == methods.METHODS['conadv']._replace(
-      around=alone.around, compares=alone.compares
-    )
-    assert alone.around or alone.compares
-
-
 @pytest.mark.slow
 def test_sam_and_its_kin_take_the_gradient_where_the_papers_say():
   batches = [make_batch(seed) for seed in range(2)]
@@ -307,8 +292,36 @@ def test_vrgd_and_the_noise_scale_compare_all_groups():
   state, _ = take(state, place(batch))
   np.testing.assert_allclose(state.noise_scale.weight, 0.0199, rtol=1e-4)
 
-  tx, _, _ = parts.make_optimizer(config, images=1437)
-  assert len(tx.init(before.params)) == 2
+  # In a run the ratio comes before LARS.
+  tx, schedule, _ = parts.make_optimizer(config, images=1437)
+  lars = conadv.lars(schedule, weight_decay=config.lars.weight_decay)
+  mean = jax.tree.map(lambda *g: np.float32(np.mean(g, 0)), *of_groups)
+  moment = jax.tree.map(
+    lambda *g: np.float32(np.mean(np.square(g), 0)), *of_groups
+  )
+  ratio = jax.tree.map(lambda *g: np.float32(scaled(*g)), *of_groups)
+  found, expected = tx.init(before.params), lars.init(before.params)
+  for _ in range(2):  # The warm-up begins at 0.
+    updates, found = jax.jit(tx.update)(
+      mean, found, before.params, second_moment=moment
+    )
+    wanted, expected = jax.jit(lars.update)(ratio, expected, before.params)
+  assert optax.tree.norm(updates) > 0
+  assert_close(updates, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fast_advprop_weighs_its_passes():
+  config = tiny('fast_advprop')
+  config.methods.fast_advprop.update(
+    {'adversarial_fraction': 0.25, 'attack_weight': 0.3}
+  )
+  state, take, place = start(config, model=Small())
+  _, values = take(state, place(make_batch(0)))
+  # Four of sixteen examples are attacked.
+  passes = {'attack': 4 * 0.3, 'adversarial': 4 * 0.7, 'main': 12}
+  expected = sum(n * values[f'loss_{name}'] for name, n in passes.items()) / 16
+  np.testing.assert_allclose(values['loss'], expected, rtol=1e-5)
 
 
 @pytest.mark.slow
