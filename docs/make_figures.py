@@ -290,11 +290,13 @@ def main() -> None:
   pages.save(FOLDER / 'spectrum', spectral_density, spectrum, size=(6, 3.2))
   for path in sorted(DOCS.glob('growth_*.csv')):
     figures.draw_growth(FOLDER / path.stem, tables.read_csv(path))
+  scaling = (DOCS / 'scaling.md').read_text()
   for path in sorted(DOCS.glob('cost_*.csv')):
     rows = tables.read_csv(path)
     if 'schedule' in rows[0]:
       stem = path.stem.replace('cost', 'schedule')
-      figures.draw_schedule(FOLDER / stem, rows)
+      if f'figures/{stem}' in scaling:
+        figures.draw_schedule(FOLDER / stem, rows)
     else:
       # Several devices share the cores of a CPU, and their times say little.
       alone = [x for x in rows if math.prod(ROWS[str(x['row'])].mesh) == 1]

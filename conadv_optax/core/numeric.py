@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 def at_least_float32(x: jax.Array) -> jax.Array:
   """`x` in float32, or in its own dtype where that is wider."""
+  x = jnp.asarray(x)  # A parameter may be a Python float.
   is_wide = is_inexact(x) and jnp.finfo(x.dtype).bits >= 32
   return x if is_wide else x.astype(jnp.float32)
 
@@ -77,6 +78,12 @@ def summed_like(loss: jax.Array, gradients: Any, params: Any) -> Any:
 def is_inexact(x: Any) -> bool:
   """Whether a mean makes sense for `x`: it is floating or complex."""
   return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def is_finite(tree: Any) -> jax.Array:
+  """Whether no entry of any leaf is infinite or a NaN."""
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.asarray(leaves))
 
 
 def abs_sq(x: jax.Array) -> jax.Array:

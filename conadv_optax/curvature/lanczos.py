@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conadv_optax.core.numeric import dot, unit
+from conadv_optax.core.numeric import cast_like, dot, unit
 from conadv_optax.curvature.vectors import random_like
 
 # A vector this much shorter than the product that it comes from is rounding.
@@ -55,7 +55,8 @@ def lanczos(
     vector, basis, scale = carry
     j, fresh_key = j_and_key
     basis = jax.tree.map(lambda q, x: q.at[j].set(x), basis, vector)
-    product = matvec(vector)
+    # A matrix of the user's own may be wider.
+    product = cast_like(matvec(vector), vector)
     diagonal = dot(vector, product)
     scale = jnp.maximum(scale, optax.tree.norm(product))
     rest = _orthogonal(product, basis)

@@ -85,6 +85,8 @@ def operator(
   """
   point = float32_point(params)
 
+  # Compiled once, where it is called outside of `jit`.
+  @jax.jit
   def product(vector: Any) -> Any:
     _check_like(vector, point)
     return mean_over(
@@ -166,6 +168,7 @@ def input_operator(
     weight = weight_of(part, denominator)
     return add_weighted(None, weight, (result, jnp.float32(1)))
 
+  @jax.jit
   def product(vector: jax.Array) -> jax.Array:
     _check_like(vector, point)
     if micro_batches == 1:

@@ -23,6 +23,7 @@ from conadv_optax.core.numeric import (
   check_choice,
   check_scalar,
   inverse,
+  is_finite,
   scale,
   tree_at_least_float32,
   zeros_like,
@@ -156,11 +157,11 @@ class _Extrapolate(Around):
     return self.transformation or optax.sgd(self.rate)
 
   def init(self, call: Call) -> ExtrapolateState:
-    zeros = zeros_like(jax.tree.map(jnp.asarray, call.params))
+    params = jax.tree.map(jnp.asarray, call.params)
     return ExtrapolateState(
       call.init(self.grad_fn),
-      PerGroup(zeros) if self.direction == 'past' else (),
-      PerGroup(self.tx.init(tree_at_least_float32(call.params))),
+      PerGroup(zeros_like(params)) if self.direction == 'past' else (),
+      PerGroup(self.tx.init(tree_at_least_float32(params))),
     )
 
   def value_and_grad(self, call: Call) -> tuple[Any, Any, ExtrapolateState]:
@@ -169,15 +170,15 @@ class _Extrapolate(Around):
     if self.direction == 'past':
       towards = ascent(state.past.value)
     elif self.direction == 'current':
-      own = call._replace(denominators=None)
-      towards = ascent(own.value_and_grad(self.grad_fn)[1])
+      alone = call._replace(denominators=None)
+      towards = ascent(alone.value_and_grad(self.grad_fn)[1])
     else:
       key = check_key(True, call.key)
       noise_key, key = jax.random.split(key)
       towards = optax.tree.random_like(noise_key, here)
       call = call._replace(key=key)
-    own = state.extrapolation.value
-    updates, _ = self.tx.update(towards, own, here)
+    old = state.extrapolation.value
+    updates, _ = self.tx.update(towards, old, here)
     ahead = cast_like(optax.tree.add(here, updates), call.params)
     output, grads, inner = call._replace(params=ahead).value_and_grad(
       self.grad_fn
@@ -185,9 +186,12 @@ class _Extrapolate(Around):
     # The group's own gradient, of which a mean takes its share.
     factor = inverse(self.share(state, call))
     its_own = scale(factor, tree_at_least_float32(grads))
-    _, own = self.tx.update(ascent(its_own), own, here)
+    # What is not finite would be gone towards for ever.
+    is_good = is_finite(its_own)
+    _, new = self.tx.update(ascent(its_own), old, here)
+    own = PerGroup(optax.tree.where(is_good, new, old))
     past: Any = ()
     if self.direction == 'past':
-      # Copies, because a donated buffer must not be passed twice.
-      past = PerGroup(jax.tree.map(jnp.copy, cast_like(its_own, call.params)))
-    return output, grads, ExtrapolateState(inner, past, PerGroup(own))
+      newest = cast_like(its_own, call.params)
+      past = PerGroup(optax.tree.where(is_good, newest, state.past.value))
+    return output, grads, ExtrapolateState(inner, past, own)

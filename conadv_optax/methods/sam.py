@@ -25,6 +25,8 @@ from conadv_optax.core.numeric import (
   check_scalar,
   check_share,
   dot,
+  inverse,
+  is_finite,
   norm,
   tree_at_least_float32,
   unit,
@@ -154,8 +156,8 @@ def sam(
       `conadv.exclude_norm_and_bias` fits. None perturbs all.
     gap_weight: :math:`\alpha_g` of GSAM. None subtracts nothing.
     axis: the axis of the mesh whose devices perturb together, by the mean of
-      their gradients, inside `data_parallel` over that axis. The gradient is
-      sent once more for this (twice with `every > 1` or `gap_weight`). None:
+      their gradients, inside `data_parallel` over that axis alone. The gradient
+      is sent once more for this (twice with `every > 1` or `gap_weight`). None:
       each device, and each micro-batch of an `accumulate` outside, perturbs by
       its own gradient. With `axis`, put `accumulate` inside: its micro-batches
       perturb together.
@@ -288,6 +290,8 @@ class _Sam(Around):
     )
     old = held(self.axis, state.direction)
     beside = _orthogonal(sharp_gradient, gradient, rounding)
+    # The steps in between are to go on where one overflowed.
+    beside = optax.tree.where(is_finite(beside), beside, zeros_like(beside))
     direction = optax.tree.where(is_due, beside, old)
     length = norm(gradient)
     length *= jnp.asarray(self.reuse_weight, length.dtype)
@@ -321,6 +325,8 @@ class _Sam(Around):
     if self.axis is None:
       return mixed
     shift = optax.tree.sub(mixed, mean)
+    # Of these devices, which may be a part of those of the mean.
+    share *= inverse(self._mean(share))
     return add_scale(tree_at_least_float32(grads), share, shift)
 
   def _mean(self, tree: Any) -> Any:

@@ -219,9 +219,10 @@ def _names(tree: Any, modules: Sequence[str] | None) -> list[str]:
       *(tree.branches[name] for name in sorted(tree.branches)),
     )
     return [name for part in trees for name in _names(part, modules)]
-  paths = ['/'.join(map(str, path)) for path in named(tree)]
   if modules is None:
-    return [path.partition('/')[0] for path in paths]
+    # A key may have slashes of its own, as Haiku's do.
+    return [str(path[0]) if path else '' for path in named(tree)]
+  paths = ['/'.join(map(str, path)) for path in named(tree)]
   return [
     next((m for m in modules if f'{path}/'.startswith(f'{m}/')), '')
     for path in paths

@@ -80,7 +80,7 @@ def exclude_norm_and_bias(
     if is_norm_or_bias is not None:
       return not is_norm_or_bias(path_names(path), leaf)
     has_other_name = _NOT_WEIGHTS.isdisjoint(module_path(path)[-1:])
-    return has_other_name and len(leaf.shape) > 1 and not is_norm
+    return has_other_name and jnp.ndim(leaf) > 1 and not is_norm
 
   mask = jax.tree_util.tree_map_with_path(is_weight, main, norm)
   if not isinstance(params, dual_bn.Branched):

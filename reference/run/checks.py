@@ -112,6 +112,12 @@ _RULES = (
     _MISTYPED + '224`.',
   ),
   _Rule(
+    'data.mean',
+    lambda x: all(0 <= part < math.inf for part in x),
+    'the mean of each channel, of pixels from 0 to 1',
+    'Likely a fraction, which is no literal: `--config.{field}="(0.5,)"`.',
+  ),
+  _Rule(
     'data.std',
     lambda x: all(0 < part < math.inf for part in x),
     'what pixels from 0 to 1 are divided by, more than 0',
@@ -120,7 +126,9 @@ _RULES = (
   ),
   _Rule(
     'model.stage_sizes',
-    lambda x: bool(x) and all(part >= 0 for part in x),
+    lambda x: (
+      bool(x) and all(isinstance(part, int) and part >= 0 for part in x)
+    ),
     'the number of blocks of each stage, 0 or more',
     _MISTYPED + '"(3, 4, 6, 3)"`.',
   ),
@@ -366,6 +374,29 @@ def check_warmup(
     )
 
 
+def check_plain_steps(
+  config: ml_collections.ConfigDict, *, plain: int, steps: int
+) -> None:
+  """Refuses plain epochs that are no step, or all of them.
+
+  Args:
+    config: of the run.
+    plain: the steps of its plain epochs.
+    steps: of the whole run.
+
+  Raises:
+    Mistake: naming both.
+  """
+  given = config.get('plain_epochs', 0.0)
+  if given and not 0 < plain < steps:
+    raise Mistake(
+      '`plain_epochs` are some steps of a run, and its method has others. '
+      f'Given {given} of {config.epochs} epochs, which are {plain} of {steps} '
+      'step(s). Likely the run is too short for it: '
+      '`--config.plain_epochs=0.0`.'
+    )
+
+
 def check_classes(config: ml_collections.ConfigDict, found: int) -> None:
   """Refuses images of more or fewer classes than the config is for.
 
@@ -428,6 +459,12 @@ def check_groups(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   Raises:
     Mistake: naming how to have several.
   """
+  if config.noise_scale and methods.METHODS[config.method].copies:
+    raise Mistake(
+      '`noise_scale=True` compares groups of different images. Given '
+      f'method={config.method}, whose groups hold copies of the same ones. '
+      'Leave it out, or take `--config.method=vanilla`.'
+    )
   if methods.compares_groups(config) and methods.groups(config, mesh) < 2:
     field = (
       'noise_scale=True' if config.noise_scale else f'method={config.method}'

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from reference.command import Mistake
 from reference.data import input_pipeline
@@ -119,7 +119,8 @@ def write(
   try:
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / f'{trained.WEIGHTS}.unfinished'
-    save_file(tensors, unfinished)
+    # By Python, whose errors say what the disk said.
+    unfinished.write_bytes(save(tensors))
     os.replace(unfinished, weights)
     if layout == trained.FLAX and not model.config.model.get('build'):
       module = out / MODULE

@@ -1,5 +1,6 @@
 """The parameters of one run as the beginning of another, `--init_from`."""
 
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,14 @@ def _check_fit(
       + '\nLikely the config is of another model: take that of the run which '
       'they are from, with its `config.model` and images of as many channels.'
     )
+
+
+def digest(leaves: dict[Variable, np.ndarray]) -> str:
+  """A hash of all values, the same where all are."""
+  found = hashlib.sha256()
+  for name in sorted(leaves):
+    found.update(np.ascontiguousarray(leaves[name]).tobytes())
+  return found.hexdigest()[:12]
 
 
 def fit(

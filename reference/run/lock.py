@@ -202,10 +202,20 @@ class Lock:
     """Refuses to write where another run took the folder over.
 
     Raises:
-      Mistake: when one did, as this was silent for so long.
+      Mistake: when one did, as this was silent for so long. It may have ended
+        since.
     """
-    if not self._path.exists() and (reason := self._enter()):
-      raise command.Mistake(reason)
+    if self._path.exists():
+      return
+    reason = self._enter()
+    self.release()
+    raise command.Mistake(
+      reason
+      or 'A run whose lock is gone writes no more, as another may have gone on '
+      f'in its place. Given {self._workdir}, without {self._path.name}. Likely '
+      f'this host was silent for more than {_SILENT:.0f} s: start the same '
+      'command again, which resumes from the newest checkpoint.'
+    )
 
   def release(self) -> None:
     """Gives the folder back."""

@@ -101,6 +101,9 @@ def make_optimizer(
   steps = math.ceil(config.epochs * images / config.batch_size)
   warmup = round(config.lars.warmup_epochs * images / config.batch_size)
   checks.check_warmup(config, warmup=warmup, steps=steps)
+  checks.check_plain_steps(
+    config, plain=plain_steps(config, images), steps=steps
+  )
   schedule = conadv.polynomial_warmup(
     config.lars.peak,
     warmup,

@@ -100,7 +100,11 @@ def _make_as_orbax_does(folder: Path) -> str:
   unfinished = folder.with_name(f'{folder.name}.unfinished')
   try:
     unfinished.mkdir(parents=True)
-    (unfinished / 'file').touch()
+    # An empty file has a place on a full disk too.
+    with (unfinished / 'file').open('wb') as file:
+      file.write(bytes(2**11))
+      file.flush()
+      os.fsync(file.fileno())
   except OSError as error:
     return (
       f'The work folder must be writable. Given {folder.parent}: '

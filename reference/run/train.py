@@ -147,12 +147,16 @@ class _Job:
       return state, agreement.go_on(stored, about, int(state.step))
     start = None
     if init_from is not None:
-      start, origin = initial.fit(
-        init_from,
-        self.config,
-        self.source.classes,
-        make_model=lambda n: parts.make_model(self.config, num_classes=n),
+      # A host may lack the model, or read an older one.
+      start, origin = hosts.on_all(
+        lambda: initial.fit(
+          init_from,
+          self.config,
+          self.source.classes,
+          make_model=lambda n: parts.make_model(self.config, num_classes=n),
+        )
       )
+      hosts.check_alike({**origin, 'weights': initial.digest(start)})
       about = about._replace(init_from=origin)
     first = [self.place(next(batches)) for _ in range(self.grad_fn.staleness)]
     return parts.make_state(*common, first, described, start), about
@@ -229,7 +233,10 @@ def _open_job(
   checks.check_classes(config, source.num_classes)
   dataset = agreement.describe(source)
   hosts.check_alike({**dataset, 'classes': source.num_classes})
-  model = parts.make_model(config, num_classes=source.num_classes)
+  # A host may lack the file of a model of the user's own.
+  model = hosts.on_all(
+    lambda: parts.make_model(config, num_classes=source.num_classes)
+  )
   tx, schedule, steps = parts.make_optimizer(
     config, images=len(source.train), groups=methods.groups(config, mesh)
   )
@@ -333,13 +340,16 @@ def train(
       checkpoint.open_manager(workdir, keep=config.run.keep)
     )
     writes = hosts.is_first()
+    writers = hosts.on_all(
+      lambda: metrics.make_writer(config, workdir) if writes else ()
+    )
     if writes:
       announce(config, job.source, mesh, about, done=done, steps=job.steps)
     record = metrics.open_record(
       workdir,
       last_step=done,
       write=writes,
-      writers=metrics.make_writer(config, workdir) if writes else (),
+      writers=writers,
       check=held.check,
     )
     stack.callback(metrics.close, record)

@@ -51,7 +51,14 @@ def load(
   batches.close()
   newest = checkpoint.read_about(workdir)
   if newest is not None:
-    fields = checkpoint.comparable(config)
+    _, about = newest
+    # Trained anywhere, it is looked at here.
+    there = {
+      name: about.config[name]
+      for name in ('processes', 'devices')
+      if name in about.config
+    }
+    fields = checkpoint.comparable(config) | there
     agreement.check_config(workdir, *newest, fields, ())
   found = trained.load(workdir)
   model = parts.make_model(config, num_classes=source.num_classes)

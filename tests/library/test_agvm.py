@@ -110,6 +110,13 @@ def test_factors_over_steps_are_those_of_the_halves(anchor, modules):
   assert max(abs(np.array(list(wanted.values())) - 1)) > 0.1
 
 
+def test_a_key_at_the_top_may_have_slashes():
+  """As Haiku's have."""
+  tx = conadv.agvm(optax.sgd(0.1), groups=2, anchor='net/~/body')
+  params = {f'net/~/{name}': {'w': np.zeros(2)} for name in ('body', 'head')}
+  assert set(tx.init(params).factors) == set(params)
+
+
 def test_with_two_groups_it_is_the_cosine_of_equal_halves():
   halves = rng.normal(size=(2, 8))
   halves /= np.linalg.norm(halves, axis=1, keepdims=True)

@@ -345,6 +345,33 @@ def test_the_direction_is_float32_in_a_model_of_bfloat16():
     chex.assert_trees_all_equal_shapes_and_dtypes(state.past.value, params)
 
 
+@pytest.mark.parametrize(
+  ('extrapolation', 'direction'),
+  [
+    (AHEAD, 'past'),
+    (optax.sgd(AHEAD, momentum=MOMENTUM), 'past'),
+    (optax.sgd(AHEAD, momentum=MOMENTUM), 'current'),
+  ],
+)
+def test_a_bad_batch_is_forgotten(extrapolation, direction):
+  grad_fn = conadv.extrapolate(
+    lambda w, x: jnp.mean(x * w**2), extrapolation, direction=direction
+  )
+  step = jax.jit(grad_fn.value_and_grad)
+  w, good = jnp.float32(1.0), jnp.ones(1)
+  _, _, before = step(w, grad_fn.init(w, []), good)
+  (loss, _), _, after = step(w, before, jnp.array([jnp.inf]))
+  assert not np.isfinite(loss)
+  chex.assert_trees_all_equal(after, before)
+  chex.assert_tree_all_finite(step(w, after, good))
+
+
+def test_parameters_may_be_python_floats():
+  grad_fn = conadv.extrapolate(conadv.sam(lambda w, x: x * w**2, 0.5), 0.1)
+  _, grads, _ = grad_fn.value_and_grad(2.0, grad_fn.init(2.0, []), jnp.ones([]))
+  np.testing.assert_allclose(grads, 2 * 2.5)
+
+
 def test_an_unknown_direction():
   with pytest.raises(ValueError, match="direction='future'"):
     conadv.extrapolate(plain_loss, 0.1, direction='future')

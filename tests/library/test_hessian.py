@@ -120,6 +120,19 @@ def test_vectors_are_float32_with_64_bits_enabled():
   )
 
 
+def test_a_matrix_of_the_users_own_may_be_wider():
+  with jax.enable_x64(True):
+    diagonal = jnp.array([1.0, 5.0, -9.0, 3.0])
+    found = hessian.top_eigenpairs(
+      lambda v: diagonal * v.astype(diagonal.dtype),
+      diagonal,
+      2,
+      key=jax.random.key(0),
+    )
+  assert found.values.dtype == jnp.float32
+  np.testing.assert_allclose(found.values, [-9, 5], rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_top_eigenpairs_of_a_net():
   params, batch = make_net(), make_batch()

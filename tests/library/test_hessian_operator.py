@@ -203,6 +203,28 @@ def test_explicit_parts_that_do_not_fill_the_devices_are_told(places):
     cut(batch, 2)
 
 
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_calls_outside_of_jit_compile_once(micro_batches):
+  traces = 0
+
+  def loss(w, batch):
+    nonlocal traces
+    traces += 1
+    return jnp.mean((batch['image'] @ w) ** 2)
+
+  w, batch = jnp.ones(2), {'image': jnp.ones((4, 2))}
+  of_weights, of_inputs = (
+    make(loss, w, batch, micro_batches=micro_batches)
+    for make in (hessian.operator, hessian.input_operator)
+  )
+  counts = []
+  for _ in range(3):
+    of_weights(w)
+    of_inputs(batch['image'])
+    counts.append(traces)
+  assert counts[0] == counts[-1]
+
+
 def test_micro_batches_take_the_memory_of_one():
   # Activations of 512 x 256 numbers, of a batch of 512 x 4.
   kernel, x = random_arrays(3, (4, 256), (512, 4))

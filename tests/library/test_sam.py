@@ -381,6 +381,41 @@ def test_the_second_moment_is_that_of_the_groups_outside():
   assert inside is None
 
 
+def test_a_gradient_that_overflows_is_not_reused():
+  def loss(w, x):
+    return jnp.sum(x * w**2)
+
+  grad_fn = conadv.sam(loss, 0.5, every=3, reuse_weight=0.7)
+  w, good = jnp.array([3.0, 4.0]), jnp.ones(2)
+  step = jax.jit(grad_fn.value_and_grad)
+  _, grads, state = step(w, grad_fn.init(w, []), jnp.array([jnp.inf, 1.0]))
+  assert not np.isfinite(grads).all()
+  for _ in range(2):
+    _, grads, state = step(w, state, good)
+    np.testing.assert_allclose(grads, 2 * w)
+
+
+@pytest.mark.parametrize('gap_weight', [None, 0.0])
+@pytest.mark.parametrize('every', [1, 2])
+def test_a_part_of_a_mean_over_devices_is_shifted_by_its_share(
+  every, gap_weight
+):
+  """Two micro-batches of two real examples and of one."""
+
+  def loss(w, batch):
+    total = jnp.sum(batch['mask'] * batch['x'] * w**2)
+    return total / jnp.sum(batch['mask'])
+
+  plain = conadv.plain(loss, denominator=lambda batch: jnp.sum(batch['mask']))
+  sam = conadv.sam(plain, 0.5, every=every, gap_weight=gap_weight, axis='data')
+  grad_fn = conadv.accumulate(conadv.data_parallel(sam, make_mesh(1)), 2)
+  batch = {'x': jnp.ones(4), 'mask': jnp.array([1.0, 1.0, 1.0, 0.0])}
+  w = jnp.float32(1.0)
+  _, grads, _ = grad_fn.value_and_grad(w, grad_fn.init(w, []), batch)
+  # Everywhere the loss is w^2.
+  np.testing.assert_allclose(grads, 2 * 1.5, rtol=1e-6)
+
+
 def test_both_passes_draw_the_same():
   def noisy(w, batch, *, key):
     return jnp.sum(batch * w * jax.random.normal(key, w.shape))

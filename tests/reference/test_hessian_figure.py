@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from conadv_optax import hessian
 from reference.configs import digits
-from reference.run import train
+from reference.run import checkpoint, train
 from reference.tools import hessian_figure
 
 
@@ -48,7 +48,7 @@ def test_figure_of_a_zero_matrix(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trained_model_is_loaded_and_analysed(tmp_path):
+def test_a_trained_model_is_loaded_and_analysed(tmp_path, monkeypatch):
   config = digits.get_config()
   config.update_from_flattened_dict(
     {
@@ -62,6 +62,12 @@ def test_a_trained_model_is_loaded_and_analysed(tmp_path):
   with pytest.raises(ValueError, match='holds neither'):
     hessian_figure.load(config, tmp_path)
   train.train(config, tmp_path)
+  # As where more devices trained.
+  monkeypatch.setattr(
+    hessian_figure.checkpoint,
+    'comparable',
+    lambda config, real=checkpoint.comparable: {**real(config), 'devices': 1},
+  )
   model, params, batch_stats, batch = hessian_figure.load(config, tmp_path)
   spectrum = hessian_figure.analyse(
     config,

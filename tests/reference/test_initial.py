@@ -181,3 +181,12 @@ def test_what_no_shape_tells_is_said(source):
     'Another config: data.mean [0.305] -> [0.5].',
     "Another config: model.stem 'small' -> 'strided'.",
   ]
+
+
+def test_a_digest_tells_any_two_apart():
+  leaves = {('params', 'a'): np.ones(3), ('params', 'b'): np.zeros(3)}
+  other = {**leaves, ('params', 'b'): np.array([0, 0, 1e-6])}
+  assert initial.digest(leaves) == initial.digest(
+    dict(reversed(leaves.items()))
+  )
+  assert initial.digest(leaves) != initial.digest(other)

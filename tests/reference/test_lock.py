@@ -158,13 +158,13 @@ def test_a_run_that_lost_its_folder_writes_no_more(tmp_path, living):
   held = lock.Lock(tmp_path)
   assert held.take() == ''
   held.check()
-  # Nobody else is there.
   [path] = locks(tmp_path)
   path.unlink()
-  held.check()
-  assert locks(tmp_path) == [path]
+  # One took it over, and has ended.
+  with pytest.raises(command.Mistake, match='start the same command again'):
+    held.check()
+  assert locks(tmp_path) == []
 
-  path.unlink()
   other = write(tmp_path, living.pid)
   with pytest.raises(command.Mistake, match='one run at a time'):
     held.check()

@@ -581,6 +581,12 @@ def test_a_single_group_cannot_be_compared(config):
   checks.check_groups(config, make_mesh(1))
 
 
+def test_copies_of_an_image_are_no_groups_of_a_noise_scale():
+  config = tiny('batch_augment', noise_scale=True)
+  with pytest.raises(ValueError, match=r'noise_scale.*copies of the same ones'):
+    checks.check_groups(config, make_mesh(2))
+
+
 def test_a_memory_that_does_not_exist():
   with pytest.raises(ValueError, match=r'device, host.*queue_memory=host`'):
     checks.check_choices(tiny('conadv', queue_memory='hosts'))

@@ -104,6 +104,16 @@ def test_a_cell_of_a_study_has_them_too(monkeypatch):
   assert attacked == [False] * 3 + [True] * 5
 
 
+@pytest.mark.parametrize('plain_epochs', [0.01, 0.7])
+def test_epochs_that_round_to_no_step_or_to_all(plain_epochs):
+  config = tiny(batch_size=128, epochs=1.0, plain_epochs=plain_epochs)
+  config.lars.warmup_epochs = 0.0
+  with pytest.raises(
+    Mistake, match=r'of 1\.0 epochs, which are [01] of 1 step'
+  ):
+    parts.make_optimizer(config, images=100)
+
+
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
