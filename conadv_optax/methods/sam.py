@@ -26,7 +26,6 @@ from conadv_optax.core.numeric import (
   check_share,
   dot,
   inverse,
-  is_finite,
   norm,
   tree_at_least_float32,
   unit,
@@ -290,8 +289,6 @@ class _Sam(Around):
     )
     old = held(self.axis, state.direction)
     beside = _orthogonal(sharp_gradient, gradient, rounding)
-    # The steps in between are to go on where one overflowed.
-    beside = optax.tree.where(is_finite(beside), beside, zeros_like(beside))
     direction = optax.tree.where(is_due, beside, old)
     length = norm(gradient)
     length *= jnp.asarray(self.reuse_weight, length.dtype)
@@ -341,10 +338,11 @@ def _rounding(params: Any) -> float:
 
 
 def _orthogonal(x: Any, to: Any, rounding: float) -> Any:
-  """What is left of `x` without its part along `to`, if more than rounding."""
+  """What is left of `x` without its part along `to`, if more than rounding.
+
+  Nothing of what is not finite.
+  """
   direction = unit(to)
   rest = add_scale(x, -dot(x, direction), direction)
-  is_rounding = norm(rest) <= rounding * norm(x)
-  return jax.tree.map(
-    lambda r: jnp.where(is_rounding, jnp.zeros_like(r), r), rest
-  )
+  is_more = norm(rest) > rounding * norm(x)
+  return jax.tree.map(lambda r: jnp.where(is_more, r, jnp.zeros_like(r)), rest)
